@@ -1,0 +1,70 @@
+"""Talk to the base model and to a run's policy side by side."""
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from rlaif.errors import StageError
+from rlaif.model import sampling
+from rlaif.model.roles import BASE, SharedBase
+from rlaif.pipeline import open_run
+from rlaif.recipe import Recipe
+from rlaif.records import Messages
+
+ALIGNED = "aligned"
+_POLICIES = (("5-ppo/policy", "after PPO"), ("2-sft/adapter", "after SFT"))
+
+
+class Conversation:
+    """Two conversations with the same questions: one with the base, one with the newest policy of a run."""
+
+    def __init__(self, folder: Path, *, max_new_tokens: int, temperature: float):
+        """Load the base and the policy.
+
+        Raises:
+            StageError: the run has no trained policy yet.
+        """
+        recipe: Recipe = open_run(folder).recipe
+        found = [(folder / path, title) for path, title in _POLICIES if (folder / path).is_dir()]
+        if not found:
+            raise StageError(
+                f"{folder}: has no policy yet (neither 5-ppo/policy nor 2-sft/adapter). Run its recipe first."
+            )
+        adapter, self.title = found[0]
+        self._base = SharedBase.load(recipe.model)
+        self._base.add_role(ALIGNED, adapter=adapter)
+        self._settings = {"max_new_tokens": max_new_tokens, "temperature": temperature}
+        self._seed = recipe.seed
+        self._turns: dict[str, Messages] = {BASE: [], ALIGNED: []}
+
+    def ask(self, text: str) -> dict[str, str]:
+        """Put one question to both; return their answers by role."""
+        answers = {}
+        for role, turns in self._turns.items():
+            turns.append({"role": "user", "content": text})
+            prompt = self._base.tokenizer.prompt(turns)
+            with self._base.acting_as(role):
+                drawn = sampling.sample(
+                    self._base,
+                    [prompt],
+                    max_new_tokens=int(self._settings["max_new_tokens"]),
+                    temperature=self._settings["temperature"],
+                    seeds=[self._seed + len(turns)],
+                )[0]
+            answers[role] = self._base.tokenizer.decode(drawn.ids)
+            turns.append({"role": "assistant", "content": answers[role]})
+        return answers
+
+    def show(self, console: Console, answers: dict[str, str]) -> None:
+        """Print both answers side by side; control characters are removed, markup is not interpreted."""
+        table = Table(show_lines=False, expand=True)
+        table.add_column("base", ratio=1)
+        table.add_column(self.title, ratio=1)
+        table.add_row(*(Text(_printable(answers[role])) for role in (BASE, ALIGNED)))
+        console.print(table)
+
+
+def _printable(text: str) -> str:
+    return "".join(char for char in text if char.isprintable() or char in "\n\t")

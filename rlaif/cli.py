@@ -1,0 +1,250 @@
+"""The command line: each command a few lines over the package; nothing heavy is imported until it is needed."""
+
+import errno
+import json
+import shlex
+import shutil
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rlaif.errors import RlaifError
+
+STAGE_TITLES = {
+    "revise": "Write responses, critiques and revisions: the demonstrations.",
+    "sft": "Fine-tune the policy adapter on the demonstrations.",
+    "label": "Make comparisons: AI judge, construction or people's labels.",
+    "reward": "Train the reward adapter on the comparisons.",
+    "ppo": "Optimize the policy against the reward.",
+    "evaluate": "Compare base, SFT and PPO policies on unseen prompts.",
+}
+
+app = typer.Typer(
+    help="From a constitution file to an aligned LoRA adapter on one GPU.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+constitution_app = typer.Typer(help="Check and show constitution files.", no_args_is_help=True)
+human_app = typer.Typer(help="Labels by people.", no_args_is_help=True)
+models_app = typer.Typer(help="The embedded models.", no_args_is_help=True)
+app.add_typer(constitution_app, name="constitution")
+app.add_typer(human_app, name="human")
+app.add_typer(models_app, name="models")
+
+RecipeArgument = Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped one.", show_default=False)]
+SetOption = Annotated[
+    list[str],
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a key, such as ppo.updates=20.", show_default=False),
+]
+RunArgument = Annotated[Path, typer.Argument(help="A run folder, such as runs/quickstart.", show_default=False)]
+
+
+@app.command()
+def run(
+    recipe: RecipeArgument,
+    set_: SetOption = [],  # noqa: B006
+    from_: Annotated[
+        str | None, typer.Option("--from", metavar="STAGE", help="Run this stage and later ones again.")
+    ] = None,
+    until: Annotated[str | None, typer.Option("--until", metavar="STAGE", help="Stop after this stage.")] = None,
+) -> None:
+    """Run a recipe: all stages that are not up to date, then the report."""
+    from rlaif.pipeline import run_recipe
+    from rlaif.progress import Progress
+    from rlaif.recipe import load_recipe
+    from rlaif.report.run import write_report
+
+    loaded = load_recipe(Path(recipe), set_)
+    progress = Progress()
+    folder = run_recipe(loaded, progress, first=from_, last=until)
+    progress.say(f"report: {write_report(folder)}")
+
+
+def _stage_command(stage: str) -> Callable[..., None]:
+    def command(recipe: RecipeArgument, set_: SetOption = []) -> None:  # noqa: B006
+        from rlaif.pipeline import run_recipe
+        from rlaif.progress import Progress
+        from rlaif.recipe import load_recipe
+
+        run_recipe(load_recipe(Path(recipe), set_), Progress(), only=stage)
+
+    command.__doc__ = STAGE_TITLES[stage]
+    return command
+
+
+for _stage in STAGE_TITLES:
+    app.command(_stage)(_stage_command(_stage))
+
+
+@app.command()
+def report(folder: RunArgument) -> None:
+    """Write report.html from what a run's stages wrote."""
+    from rlaif.report.run import write_report
+
+    typer.echo(str(write_report(folder)))
+
+
+@app.command()
+def chat(
+    folder: RunArgument,
+    prompt: Annotated[str | None, typer.Option(help="Ask this once and stop.", show_default=False)] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of an answer.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.7,
+) -> None:
+    """Talk to the base model and a run's policy side by side; an empty line or Ctrl+D ends it."""
+    from rich.console import Console
+
+    from rlaif.chat import Conversation
+
+    conversation = Conversation(folder, max_new_tokens=max_new_tokens, temperature=temperature)
+    console = Console(highlight=False)
+    interactive = sys.stdin.isatty()
+    while True:
+        if prompt is None and interactive:
+            console.print("[bold]you:[/bold] ", end="")
+        line = prompt if prompt is not None else sys.stdin.readline()
+        if not line.strip():
+            return
+        conversation.show(console, conversation.ask(line.strip()))
+        if prompt is not None:
+            return
+
+
+@app.command()
+def env(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """Print versions and hardware, for a bug report."""
+    from rlaif.environment import describe
+
+    found = describe()
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+    else:
+        for key, value in found.items():
+            typer.echo(f"{key:24} {value}")
+
+
+@constitution_app.command("check")
+def constitution_check(
+    paths: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Constitution files.", show_default=False)],
+) -> None:
+    """Check constitution files; every problem with its file, line and column."""
+    from rlaif.constitution import load
+    from rlaif.documents import find
+    from rlaif.errors import ConstitutionError
+
+    problems = []
+    for path in paths:
+        try:
+            found = load(find("constitutions", str(path)))
+        except ConstitutionError as problem:
+            problems.append(str(problem))
+        else:
+            typer.echo(
+                f"{path}: {found.name} {found.version}: {len(found.principles)} principles, "
+                f"{len(found.examples)} examples, {len(found.tests)} tests"
+            )
+    if problems:
+        raise ConstitutionError("\n".join(problems))
+
+
+@constitution_app.command("show")
+def constitution_show(
+    path: Annotated[Path, typer.Argument(help="A constitution file.", show_default=False)],
+    principle: Annotated[str | None, typer.Option(help="Only this principle, by its id.", show_default=False)] = None,
+) -> None:
+    """Show each principle with the requests that are built from it."""
+    from rlaif.constitution import load
+    from rlaif.documents import find
+
+    found = load(find("constitutions", str(path)))
+    for item in [found.principle(principle)] if principle else found.principles:
+        typer.echo(f"{item.id}: {item.title}\n  {item.text}")
+        typer.echo(f"  critique:   {item.critique_request()}\n  revision:   {item.revision_request()}")
+        typer.echo(f"  comparison: {item.comparison_question()}")
+        typer.echo(f"  weight {item.weight:g}; for prompts tagged {', '.join(item.applies_to) or 'anything'}\n")
+
+
+@constitution_app.command("schema")
+def constitution_schema() -> None:
+    """Print the JSON Schema of constitution files, for editors."""
+    from rlaif.constitution import json_schema
+
+    typer.echo(json.dumps(json_schema(), indent=2))
+
+
+@human_app.command("import")
+def human_import(
+    path: Annotated[Path, typer.Argument(help="hh-rlhf (.jsonl or .gz) or TRL preference rows.", show_default=False)],
+    output: Annotated[Path, typer.Option(help="Where the comparisons go.")] = Path("comparisons.jsonl"),
+    annotator: Annotated[str, typer.Option(help="Who labelled rows that do not say.")] = "human",
+    tag: Annotated[str, typer.Option(help="Tag of rows that bring none.")] = "",
+) -> None:
+    """Turn people's labels into comparisons; rows that cannot be used go to a file beside them, with the reason."""
+    from rlaif.files import write_jsonl
+    from rlaif.human.labels import read_labels, summary
+
+    imported = read_labels(path, annotator=annotator, tag=tag)
+    write_jsonl(output, imported.comparisons)
+    unused = output.with_suffix(".unused.jsonl")
+    write_jsonl(unused, imported.unused)
+    typer.echo(summary(imported, output, unused))
+
+
+@models_app.command("list")
+def models_list() -> None:
+    """List the embedded models."""
+    from rlaif.model.builtin import EMBEDDED, converted_folder, is_fetched
+
+    for name, model in EMBEDDED.items():
+        where = str(converted_folder(name)) if is_fetched(name) else f"not fetched yet ({model.megabytes} MB)"
+        typer.echo(f"{name:16} {model.title}, {model.licence}: {where}")
+
+
+@models_app.command("fetch")
+def models_fetch(name: Annotated[str, typer.Argument(help="An embedded model.")] = "smollm2-135m") -> None:
+    """Fetch and convert an embedded model now, so that later runs need no network."""
+    from rlaif.model.builtin import fetch
+
+    typer.echo(str(fetch(name, lambda line: typer.echo(line, err=True))))
+
+
+def main() -> None:
+    """Run the command line: exit 2 for what the user can mend, 130 for an interrupt, 1 for a bug of ours."""
+    # Other libraries' notes to their own developers; everything a user should act on is said by this package.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\..*")
+    try:
+        app()
+    except RlaifError as problem:
+        _stop(f"rlaif: {problem}", 2)
+    except KeyboardInterrupt:
+        _stop(
+            f"\ninterrupted; nothing finished is lost. Continue with: {shlex.join(['rlaif', *sys.argv[1:]])}",
+            130,
+        )
+    except BrokenPipeError:
+        sys.exit(1)
+    except Exception as problem:  # a full disk shows up as many kinds of error; anything else is a bug of ours
+        if not _disk_is_full(problem):
+            raise
+        _stop(
+            f"rlaif: the disk is full ({problem}). Free some space and run again; nothing finished is lost.",
+            2,
+        )
+
+
+def _disk_is_full(problem: Exception) -> bool:
+    if isinstance(problem, OSError) and problem.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return True
+    return shutil.disk_usage(".").free < 1 << 20 or "No space left on device" in str(problem)
+
+
+def _stop(message: str, code: int) -> None:
+    clean = "".join(char for char in message if char.isprintable() or char in "\n\t")
+    print(clean, file=sys.stderr)
+    sys.exit(code)

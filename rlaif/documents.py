@@ -1,0 +1,323 @@
+"""YAML files whose every error has a line number, and the files that ship with the package.
+
+YAML is read by the 1.2 rules (``yes`` is a word, not a truth value; a key is text as written) and safely:
+tags beyond plain values, duplicate keys, anchors and files over one mebibyte are refused.
+"""
+
+import difflib
+import hashlib
+import json
+import os
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
+from ruamel.yaml.reader import ReaderError
+
+from rlaif.errors import RlaifError
+
+MAX_BYTES = 1 << 20
+Model = TypeVar("Model", bound=BaseModel)
+Key = str | int
+_PLAIN_TAGS = {"map", "seq", "str", "int", "float", "bool", "null", "timestamp", "merge", "value"}
+_NUMBERS = YAML(typ="safe", pure=True).constructor
+
+
+def shipped(kind: str) -> Path:
+    """Return the folder of ``constitutions``, ``prompts`` or ``recipes`` that came with this package."""
+    package = Path(__file__).resolve().parent
+    installed = package / "_shipped" / kind
+    return installed if installed.is_dir() else package.parent / kind
+
+
+def find(kind: str, name: str, beside: Path | None = None) -> Path:
+    """Find a file named in a recipe: absolute, beside the recipe, in the working folder, or shipped.
+
+    Args:
+        kind: ``constitutions``, ``prompts`` or ``recipes``.
+        name: a path, or the name of a shipped file with or without its suffix.
+        beside: the folder of the file that names it.
+
+    Returns:
+        The first existing candidate; where none exists, the path as given, so that the reader's error names
+        it.
+    """
+    suffix = {"constitutions": ".yaml", "recipes": ".yaml", "prompts": ".jsonl"}[kind]
+    roots = [root for root in (beside, Path.cwd(), shipped(kind), shipped(kind).parent) if root is not None]
+    for root in roots:
+        for candidate in (root / name, root / f"{name}{suffix}"):
+            if os.path.isfile(candidate):  # unlike Path.is_file, also no for a name that is too long
+                return candidate.resolve()
+    return Path(name)
+
+
+def canonical_json(value: Any) -> str:
+    """Serialize to JSON that depends on the value alone: sorted keys, no spaces, no NaN."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def fingerprint(value: Any) -> str:
+    """Return the SHA-256 (hexadecimal) of a JSON value, whatever the order of its keys."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 (hexadecimal) of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@dataclass
+class Document:
+    """A parsed YAML file: plain Python data, and where each key stands."""
+
+    path: Path
+    data: Any
+    _marks: dict[tuple[Key, ...], tuple[int, int]] = field(default_factory=dict)
+
+    def position(self, keys: Sequence[Key]) -> tuple[int, int]:
+        """Return line and column (from 1) of a key path, or of its nearest existing ancestor."""
+        path = tuple(keys)
+        while path and path not in self._marks:
+            path = path[:-1]
+        return self._marks.get(path, (1, 1))
+
+    def where(self, *keys: Key) -> str:
+        """Return ``file:line:column`` of a key path."""
+        line, column = self.position(keys)
+        return f"{self.path}:{line}:{column}"
+
+
+def load_yaml(path: Path, error: type[RlaifError]) -> Document:
+    """Read one YAML 1.2 document.
+
+    Raises:
+        RlaifError: of the class ``error``: missing, not UTF-8, too large, a syntax error, a duplicate key,
+            an anchor, a tag, or a document that is not a mapping.
+    """
+    text = read_text(path, error, MAX_BYTES)
+    yaml = YAML(typ="safe", pure=True)
+    try:
+        root = yaml.compose(text)
+    except MarkedYAMLError as problem:
+        raise error(_syntax_message(path, problem)) from None
+    except ReaderError as problem:
+        line, column = _line_and_column(text, problem.position)
+        found = f"the control character #x{problem.character:04x}"
+        raise error(f"{path}:{line}:{column}: {found}; text is expected. Remove it.") from None
+    except RecursionError:
+        raise error(f"{path}: values stand inside values too deep to read. Flatten the file.") from None
+    except (YAMLError, ValueError, OverflowError) as problem:  # the last two: escapes out of range
+        raise error(f"{path}: not readable as YAML: {problem}. Check escapes such as `\\U0001F600`.") from None
+    if yaml.resolver.processing_version not in (None, (1, 2)):
+        raise error(f"{path}:1:1: a `%YAML` line asks for another version than 1.2. Remove it.")
+    if not isinstance(root, MappingNode):
+        found = "nothing" if root is None else "a list" if isinstance(root, SequenceNode) else "a plain value"
+        raise error(f"{path}:1:1: the file holds {found}; keys with values are expected (`name: ...`).")
+    document = Document(path, None)
+    document.data = _plain(root, (), document, error, set())
+    return document
+
+
+def read_text(path: Path, error: type[RlaifError], max_bytes: int | None = None) -> str:
+    """Read a UTF-8 file.
+
+    Raises:
+        RlaifError: of the class ``error``: it does not exist, is a folder, is not readable, is larger than
+            ``max_bytes``, or is not UTF-8 (with the line).
+    """
+    try:
+        size = path.stat().st_size
+        if max_bytes is not None and size > max_bytes:
+            raise error(f"{path}: {size} bytes; a file of at most {max_bytes} is expected. Split it.")
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        raise error(f"{path}: no such file. Check the path; it is taken from the working folder.") from None
+    except IsADirectoryError:
+        raise error(f"{path}: is a folder; a file is expected.") from None
+    except PermissionError:
+        raise error(f"{path}: may not be read. Check its permissions.") from None
+    except (OSError, ValueError) as problem:  # the latter: a path with a null character
+        raise error(f"{path}: cannot be read: {problem}. Check the path.") from None
+    return decode_text(raw, path, error)
+
+
+def decode_text(raw: bytes, path: Path, error: type[RlaifError]) -> str:
+    """Decode UTF-8, with or without a byte-order mark; ``path`` is only named in the error.
+
+    Raises:
+        RlaifError: of the class ``error``, naming the line of the first byte that is not UTF-8.
+    """
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as problem:
+        # With a byte-order mark, positions count from behind it.
+        start = problem.start + (len(raw) - len(problem.object))
+        line = raw[:start].count(b"\n") + 1
+        raise error(f"{path}:{line}: byte {raw[start]:#04x} is not UTF-8 text. Save the file as UTF-8.") from None
+
+
+def validate(document: Document, model: type[Model], error: type[RlaifError]) -> Model:
+    """Check a document against a pydantic model and report every problem at once.
+
+    Raises:
+        RlaifError: of the class ``error``, one line ``file:line:column: key: problem`` for each problem.
+    """
+    try:
+        return model.model_validate(document.data)
+    except ValidationError as problems:
+        lines = [describe(document, model, item) for item in problems.errors(include_url=False)]
+        raise error("\n".join(dict.fromkeys(lines))) from None
+
+
+def describe(document: Document, model: type[BaseModel], item: Any) -> str:
+    """Write one pydantic problem as ``file:line:column: key: what was found and what was expected``."""
+    keys = real_keys(document.data, item)
+    return f"{document.where(*keys)}: {explain(model, keys, item)}"
+
+
+def explain(model: type[BaseModel], keys: Sequence[Key], item: Any) -> str:
+    """Write one pydantic problem as ``key: what was found, what was expected and what to do``.
+
+    Args:
+        model: the model that was validated against.
+        keys: the path of the key in the data (see `real_keys`).
+        item: one of pydantic's ``ValidationError.errors()``.
+    """
+    dotted = ".".join(map(str, keys)) or "(file)"
+    if item["type"] == "extra_forbidden":
+        known = _field_names(model, keys[:-1])
+        near = difflib.get_close_matches(str(keys[-1]), known, n=1, cutoff=0.5)
+        hint = f"did you mean `{near[0]}`?" if near else f"known keys: {', '.join(known)}."
+        return f"{dotted}: unknown key; {hint if known else 'remove it.'}"
+    if item["type"] == "missing":
+        return f"{dotted}: this key is missing. Add it."
+    message = item["msg"].removeprefix("Value error, ")
+    found = item.get("input")
+    shown = f"{found!r:.80}" if isinstance(found, str | int | float | bool | list) else ""
+    if found is None:
+        shown = "nothing"
+    if item["type"] == "string_type" and isinstance(found, int | float):
+        shown += "; put it in quotes"
+    return f"{dotted}: {message}" + (f" (found {shown})" if shown else "")
+
+
+def real_keys(data: Any, item: Any) -> tuple[Key, ...]:
+    """Return the path of a pydantic problem without the names of union members that pydantic puts into it."""
+    location, keys = item["loc"], []
+    for index, step in enumerate(location):
+        if (isinstance(data, dict) and step in data) or (
+            isinstance(data, list) and isinstance(step, int) and step < len(data)
+        ):
+            keys.append(step)
+            data = data[step]
+        elif index == len(location) - 1 and item["type"] == "missing":
+            keys.append(step)
+    return tuple(keys)
+
+
+def _field_names(model: type[BaseModel], keys: Sequence[Key]) -> list[str]:
+    """Return the keys that the (nested) model at a key path knows; none where there is no such model."""
+    current = model
+    for key in keys:
+        if isinstance(key, int):
+            continue
+        fields = {field.alias or name: field for name, field in current.model_fields.items()}
+        nested = _nested_model(fields[key].annotation) if key in fields else None
+        if nested is None:
+            return []
+        current = nested
+    return [field.alias or name for name, field in current.model_fields.items()]
+
+
+def _nested_model(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is not None:
+        for part in typing.get_args(annotation):
+            nested = _nested_model(part)
+            if nested is not None:
+                return nested
+    return None
+
+
+def _plain(node: Node, keys: tuple[Key, ...], document: Document, error: type[RlaifError], seen: set[int]) -> Any:
+    """Turn a node tree into plain data, noting positions; refuse anchors (shared nodes) and tags."""
+    position = _mark(node)
+    where = f"{document.path}:{position[0]}:{position[1]}"
+    document._marks.setdefault(keys, position)
+    if id(node) in seen or node.anchor:
+        raise error(f"{where}: an anchor or alias (`&`, `*`); write the value out instead.")
+    seen.add(id(node))
+    if str(node.tag).removeprefix("tag:yaml.org,2002:") not in _PLAIN_TAGS:
+        raise error(f"{where}: the tag `{node.tag}` is not allowed; plain values only.")
+    if isinstance(node, MappingNode):
+        result: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            key = _key(key_node, document, error)
+            if key in result:
+                first = document.position((*keys, key))[0]
+                key_where = ":".join(map(str, (document.path, *_mark(key_node))))
+                raise error(f"{key_where}: the key `{key}` stands twice (first in line {first}). Remove one.")
+            document._marks[(*keys, key)] = _mark(key_node)
+            result[key] = _plain(value_node, (*keys, key), document, error, seen)
+        return result
+    if isinstance(node, SequenceNode):
+        return [_plain(item, (*keys, index), document, error, seen) for index, item in enumerate(node.value)]
+    return _scalar(node, where, error)
+
+
+def _key(node: Node, document: Document, error: type[RlaifError]) -> str:
+    """Return a key as the text that was written, so that `1`, `true` and `on` are words like any other."""
+    where = ":".join(map(str, (document.path, *_mark(node))))
+    if node.anchor:
+        raise error(f"{where}: an anchor or alias (`&`, `*`); write the key out instead.")
+    if not isinstance(node, ScalarNode) or not node.value:
+        raise error(f"{where}: a key must be a plain word.")
+    return _text(node.value, where, error)
+
+
+def _scalar(node: Node, where: str, error: type[RlaifError]) -> Any:
+    kind = str(node.tag).rsplit(":", 1)[-1]
+    if kind == "null":
+        return None
+    if kind == "bool" and node.value.lower() in ("true", "false"):
+        return node.value.lower() == "true"
+    try:
+        if kind == "int":
+            return int(_NUMBERS.construct_yaml_int(node))
+        if kind == "float":
+            return float(_NUMBERS.construct_yaml_float(node))
+    except ValueError:
+        raise error(f"{where}: `{node.value:.40}` is not a number that can be read.") from None
+    return _text(node.value, where, error)
+
+
+def _text(value: str, where: str, error: type[RlaifError]) -> str:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise error(f"{where}: half of a `\\u` pair, which is no character. Write the character itself.") from None
+    return value
+
+
+def _mark(node: Node) -> tuple[int, int]:
+    return node.start_mark.line + 1, node.start_mark.column + 1
+
+
+def _line_and_column(text: str, position: int) -> tuple[int, int]:
+    return text.count("\n", 0, position) + 1, position - text.rfind("\n", 0, position)
+
+
+def _syntax_message(path: Path, problem: MarkedYAMLError) -> str:
+    mark = problem.problem_mark or problem.context_mark
+    where = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
+    what = problem.problem or problem.context
+    return f"{where}: not readable as YAML: {what}. Check indentation, quotes and colons."

@@ -1,0 +1,1 @@
+"""Who answers: one protocol, and asking so that no answer is paid for twice."""

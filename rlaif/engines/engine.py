@@ -1,0 +1,104 @@
+"""The protocol of everything that answers, and `ask`: journalled questions.
+
+Two kinds of question: *write* (continue a conversation) and *choose* (log-probabilities of option labels). Each has a
+key that says what it is for, and a hash of everything that determines its answer: the engine's identity, the messages,
+the sampling settings and the seed. An answer is committed to the journal before it is used; asking again reads it.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+from rlaif.documents import fingerprint
+from rlaif.journal import Journal, Unit
+from rlaif.progress import Progress
+from rlaif.records import Messages
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question. With `options` it is a choice; otherwise text is written."""
+
+    item_id: str
+    messages: Messages
+    sample: int = 0
+    options: tuple[str, ...] = ()
+    max_new_tokens: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Written text and whether it ended by itself, or the log-probabilities of the options in their order."""
+
+    text: str = ""
+    ended: bool = True
+    logprobs: tuple[float, ...] = ()
+    tokens: int = 0
+
+
+class Engine(Protocol):
+    """Whatever can answer batches of questions."""
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """JSON of all that an answer depends on besides the question: model, weights, adapter, precision."""
+        ...
+
+    def batches(self, questions: Sequence[Question]) -> list[list[Question]]:
+        """Split questions into the batches they are answered in, as a function of the questions alone."""
+        ...
+
+    def answer(self, batch: Sequence[Question]) -> list[Answer]:
+        """Answer one batch, in its order."""
+        ...
+
+
+def request_hash(identity: dict[str, Any], question: Question) -> str:
+    """Hash everything that determines an answer."""
+    return fingerprint({"engine": identity, **asdict(question)})
+
+
+def ask(
+    journal: Journal,
+    stage: str,
+    engine: Engine,
+    questions: Sequence[Question],
+    progress: Progress,
+    title: str,
+) -> Iterator[Answer]:
+    """Answer questions in their order, taking from the journal what is there and committing each batch before use.
+
+    Batches are formed over all questions, answered or not, so a resumed run computes the very batches that an
+    uninterrupted one would.
+    """
+    known = journal.known(stage)
+    keys = {id(q): (q.item_id, q.sample, request_hash(engine.identity, q)) for q in questions}
+    found = {id(q): _from_json(known[keys[id(q)]].result) for q in questions if keys[id(q)] in known}
+    missing = len(questions) - len(found)
+    if found:
+        progress.say(f"  {title}: {len(found)} of {len(questions)} taken from the journal")
+    with progress.task(title, missing) as task:
+        for batch in engine.batches(questions) if missing else []:
+            todo = [question for question in batch if id(question) not in found]
+            if not todo:
+                continue
+            answers = engine.answer(todo)
+            units = [
+                Unit(stage, *keys[id(question)], result=_to_json(answer), tokens=answer.tokens)
+                for question, answer in zip(todo, answers, strict=True)
+            ]
+            journal.put(units)
+            found.update({id(question): answer for question, answer in zip(todo, answers, strict=True)})
+            task.advance(len(todo), tokens=sum(answer.tokens for answer in answers))
+    return iter([found[id(question)] for question in questions])
+
+
+def _to_json(answer: Answer) -> dict[str, Any]:
+    return {**asdict(answer), "logprobs": list(answer.logprobs)}
+
+
+def _from_json(stored: dict[str, Any]) -> Answer:
+    return Answer(**{**stored, "logprobs": tuple(stored["logprobs"])})

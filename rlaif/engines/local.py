@@ -1,0 +1,76 @@
+"""The shared base as an engine: one role answers, in batches of similar length."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from rlaif.engines.engine import Answer, Question
+from rlaif.errors import DataError
+from rlaif.model import sampling
+from rlaif.model.roles import SharedBase
+
+
+class LocalEngine:
+    """Answers with one role of the shared base."""
+
+    def __init__(self, base: SharedBase, role: str, *, batch_size: int, adapter: str = ""):
+        """Let a role answer.
+
+        Args:
+            base: the shared base.
+            role: which role answers; ``base`` is the model without an adapter.
+            batch_size: conversations per batch.
+            adapter: hash of the role's adapter, part of the engine's identity.
+        """
+        self._base, self._role, self._batch_size = base, role, batch_size
+        self._adapter = adapter
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The base's identity and the adapter's hash."""
+        return {**self._base.identity, "adapter": self._adapter}
+
+    def batches(self, questions: Sequence[Question]) -> list[list[Question]]:
+        """Group questions of the same kind and settings by length.
+
+        Raises:
+            DataError: a conversation that does not fit the model's context, with its id and length.
+        """
+        groups: dict[tuple[Any, ...], list[Question]] = {}
+        for question in questions:
+            settings = (question.options, question.max_new_tokens, question.temperature, question.top_p)
+            groups.setdefault(settings, []).append(question)
+        result: list[list[Question]] = []
+        for group in groups.values():
+            lengths = [self._length(question) for question in group]
+            for batch in sampling.batches_by_length(lengths, self._batch_size):
+                result.append([group[index] for index in batch])
+        return result
+
+    def _length(self, question: Question) -> int:
+        length = len(self._base.tokenizer.prompt(question.messages))
+        if length + question.max_new_tokens > self._base.max_length:
+            raise DataError(
+                f"`{question.item_id}`: {length} prompt tokens and {question.max_new_tokens} new ones; the model's "
+                f"context holds {self._base.max_length}. Shorten the prompt, or lower max_new_tokens or few_shot."
+            )
+        return length
+
+    def answer(self, batch: Sequence[Question]) -> list[Answer]:
+        """Answer one batch of questions of the same kind and settings."""
+        tokenizer = self._base.tokenizer
+        prompts = [tokenizer.prompt(question.messages) for question in batch]
+        first = batch[0]
+        with self._base.acting_as(self._role):
+            if first.options:
+                options = [tokenizer.option(option) for option in first.options]
+                rows = sampling.next_logprobs(self._base, prompts, options).tolist()
+                return [Answer(logprobs=tuple(row), tokens=len(p)) for row, p in zip(rows, prompts, strict=True)]
+            samples = sampling.sample(
+                self._base,
+                prompts,
+                max_new_tokens=first.max_new_tokens,
+                seeds=[question.seed for question in batch],
+                temperature=first.temperature,
+                top_p=first.top_p,
+            )
+        return [Answer(tokenizer.decode(s.ids), s.ended, (), len(s.ids)) for s in samples]

@@ -1,0 +1,1 @@
+"""What people contribute: their labels imported from files, measured, chosen and collected on a page."""

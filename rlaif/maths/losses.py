@@ -1,0 +1,183 @@
+"""The losses of the reward and PPO stages, and the figures that say whether they are healthy.
+
+Shapes: `B` rows, `T` response tokens, `V` vocabulary. Masks are True at what counts. Log-probabilities,
+values and scores should be float32. Figures that are only reported carry no gradient.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from rlaif.maths.kl import k2
+from rlaif.maths.masking import masked_mean, masked_var, zero_outside
+
+
+class PolicyLoss(NamedTuple):
+    """What `clipped_policy_loss` returns: scalars, all means over the masked tokens.
+
+    Attributes:
+        loss: to minimize.
+        ratio: new over old probability; exactly 1 before the first step.
+        clip_fraction: the part of the tokens whose clipped term is the larger one, so that they push nothing.
+        kl_to_old: half the mean squared difference of log-probabilities, in nats.
+    """
+
+    loss: Tensor
+    ratio: Tensor
+    clip_fraction: Tensor
+    kl_to_old: Tensor
+
+
+class ValueLoss(NamedTuple):
+    """What `clipped_value_loss` returns: scalars, means over the masked tokens.
+
+    Attributes:
+        loss: to minimize, before any coefficient.
+        clip_fraction: the part of the tokens whose clipped term is the larger one.
+    """
+
+    loss: Tensor
+    clip_fraction: Tensor
+
+
+def bradley_terry(
+    chosen: Tensor,
+    rejected: Tensor,
+    preference: Tensor | float | None = None,
+    margin: Tensor | float | None = None,
+) -> Tensor:
+    """Return the negative log-likelihood of a comparison under the Bradley-Terry model.
+
+    With p the preference and ``d = chosen - rejected - margin``, it is
+    ``-[p log sigmoid(d) + (1 - p) log sigmoid(-d)]``. Hard labels: Ouyang et al. 2022 (arXiv 2203.02155,
+    equation 1); margin: Touvron et al. 2023 (arXiv 2307.09288, section 3.2.2); soft labels: Bai et al. 2022
+    (arXiv 2212.08073). It is linear in d for badly ranked pairs, so their gradient does not die.
+    With p < 1 the minimum is at ``d = log(p / (1 - p))``.
+
+    Args:
+        chosen: scores of the better responses, `[B]`.
+        rejected: scores of the worse responses, `[B]`.
+        preference: P(chosen is better) in [0, 1], `[B]` or one number; None means 1.
+        margin: how far apart the scores should be, `[B]` or one number; None means 0.
+
+    Returns:
+        `[B]`, not averaged.
+    """
+    d = chosen - rejected
+    if margin is not None:
+        d = d - margin
+    if preference is None:
+        return -logsigmoid(d)
+    return -(preference * logsigmoid(d) + (1.0 - preference) * logsigmoid(-d))
+
+
+def centering_penalty(chosen: Tensor, rejected: Tensor) -> Tensor:
+    """Return the squared sum of a pair's scores, which pulls scores towards an average of 0.
+
+    Comparisons leave one constant free; this settles it (Eisenstein et al. 2023, arXiv 2312.09244).
+
+    Args:
+        chosen: scores, `[B]`.
+        rejected: scores, `[B]`.
+
+    Returns:
+        `[B]`; the caller applies the coefficient (0.01 is usual).
+    """
+    return (chosen + rejected).square()
+
+
+def clipped_policy_loss(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, clip: float
+) -> PolicyLoss:
+    """Return the clipped surrogate of PPO (Schulman et al. 2017, arXiv 1707.06347, equation 7), negated.
+
+    Per token ``max(-A * ratio, -A * clamp(ratio, 1 - clip, 1 + clip))``. At ratio 1 its gradient is that of
+    ``-A * logprobs``. `kl_to_old` is half the mean squared difference, the figure of Huang et al. 2024 (arXiv
+    2403.17031): an estimate for small steps, not the KL itself.
+
+    Args:
+        logprobs: of the sampled tokens under the policy being trained, `[B, T]`.
+        old_logprobs: under the policy that sampled them, `[B, T]`; no gradient.
+        advantages: `[B, T]`; no gradient.
+        mask: `[B, T]`.
+        clip: half-width of the trusted range of ratios; `math.inf` turns clipping off.
+
+    Returns:
+        The loss and three figures.
+    """
+    advantages = advantages.detach()
+    log_ratio = zero_outside(logprobs - old_logprobs.detach(), mask)
+    ratio = log_ratio.exp()
+    unclipped = -advantages * ratio
+    clipped = -advantages * ratio.clamp(1.0 - clip, 1.0 + clip)
+    return PolicyLoss(
+        loss=masked_mean(torch.maximum(unclipped, clipped), mask),
+        ratio=masked_mean(ratio.detach(), mask),
+        clip_fraction=masked_mean(clipped > unclipped, mask),
+        kl_to_old=masked_mean(k2(log_ratio.detach()), mask),
+    )
+
+
+def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip: float) -> ValueLoss:
+    """Return half the squared error of the values, pessimistic about moves beyond the clip range.
+
+    Per token ``0.5 * max((v - R)^2, (v' - R)^2)``, where v' is v kept within `clip` of the old value (Huang
+    et al. 2024, arXiv 2403.17031). A value that moved away from its target is pulled back at full strength.
+
+    Args:
+        values: of the value function being trained, `[B, T]`.
+        old_values: at the time of the rollout, `[B, T]`; no gradient.
+        returns: the targets, `[B, T]`; no gradient.
+        mask: `[B, T]`.
+        clip: in units of the values; `math.inf` turns clipping off.
+
+    Returns:
+        The loss and one figure.
+    """
+    values = zero_outside(values, mask)  # keeps the gradient outside finite, whatever stands there
+    old_values, returns = old_values.detach(), returns.detach()
+    within = old_values + (values - old_values).clamp(-clip, clip)
+    unclipped = (values - returns).square()
+    clipped = (within - returns).square()
+    return ValueLoss(
+        loss=0.5 * masked_mean(torch.maximum(unclipped, clipped), mask),
+        clip_fraction=masked_mean(clipped > unclipped, mask),
+    )
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """Return the entropy of each next-token distribution, in nats.
+
+    Computed in float32 or wider. A logit of minus infinity (a forbidden token) counts 0. The working memory
+    is a few times that of `logits`; for the figure alone, call it under `torch.no_grad()` and in slices.
+
+    Args:
+        logits: `[..., V]`.
+
+    Returns:
+        `[...]`, between 0 and log V.
+    """
+    logprobs = torch.log_softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+    finite = logprobs.masked_fill(logprobs == -torch.inf, 0.0)  # 0 * -inf would be NaN, forwards and backwards
+    return -(logprobs.exp() * finite).sum(dim=-1)
+
+
+@torch.no_grad()
+def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
+    """Return ``1 - var(returns - values) / var(returns)`` over the masked tokens.
+
+    Args:
+        values: `[B, T]`.
+        returns: `[B, T]`.
+        mask: `[B, T]`.
+
+    Returns:
+        A scalar of at most 1: 1 for a perfect value function, 0 for a constant one, below 0 for one that is
+        worse than a constant. 0 where the returns vary by no more than rounding: there is nothing to explain.
+    """
+    spread = masked_var(returns, mask)
+    missed = masked_var(returns - values, mask)
+    rounding = (16 * torch.finfo(returns.dtype).eps) ** 2 * masked_mean(returns.square(), mask)
+    return torch.where(spread > rounding, 1.0 - missed / spread, torch.zeros_like(spread))

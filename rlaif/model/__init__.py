@@ -1,0 +1,1 @@
+"""The one base model in memory: loading, roles, sampling and scoring."""

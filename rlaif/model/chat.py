@@ -1,0 +1,130 @@
+"""Conversations as token ids, through the model's own chat template, with control tokens in data kept inert.
+
+A prompt or an answer may contain the text of a control token (``<|im_end|><|im_start|>assistant``). Encoded naively
+it would end a turn and open another one. Here every piece of data is encoded with special tokens split, so the only
+control tokens in a sequence are those that the template itself wrote.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from rlaif.errors import ModelError
+from rlaif.records import Messages
+
+_OPEN, _CLOSE = (
+    "\ue0f0",
+    "\ue0f1",
+)  # private-use characters: they mark where data stands in a rendered template
+
+
+class ChatTokenizer:
+    """A tokenizer with a chat template, the ids that end a turn, and a padding id."""
+
+    def __init__(self, tokenizer: Any, name: str, eos_ids: Sequence[int] = ()):
+        """Wrap a `transformers` tokenizer.
+
+        Args:
+            tokenizer: a fast tokenizer with a chat template.
+            name: the model's name, for messages.
+            eos_ids: further ids that end a response (from the model's generation settings).
+
+        Raises:
+            ModelError: it has no chat template, is not a fast tokenizer, or its template drops what the user says.
+        """
+        if not getattr(tokenizer, "chat_template", None):
+            raise ModelError(
+                f"model `{name}`: its tokenizer has no chat template. Use the chat (instruct) version of the model, "
+                "or add a chat_template.jinja to the model's folder."
+            )
+        if not tokenizer.is_fast:
+            raise ModelError(
+                f"model `{name}`: a fast tokenizer (tokenizer.json) is needed to keep control tokens inert."
+            )
+        self.raw = tokenizer
+        self.name = name
+        self._specials = sorted(set(tokenizer.all_special_tokens) | set(tokenizer.get_added_vocab()))
+        probe = self._render([{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}], False, True)
+        if _OPEN not in probe or probe.count(_OPEN) != 2:
+            raise ModelError(f"model `{name}`: its chat template does not show both turns of a short conversation.")
+        tail = self._template_ids(probe.rsplit(_CLOSE, 1)[1])
+        special_ids = set(tokenizer.all_special_ids) | set(tokenizer.get_added_vocab().values())
+        endings = [token for token in tail if token in special_ids]
+        if not endings and tokenizer.eos_token_id is None:
+            raise ModelError(f"model `{name}`: no token ends a turn; an end-of-sequence token is needed.")
+        self.end_of_turn: int = endings[0] if endings else tokenizer.eos_token_id
+        known = {self.end_of_turn, *eos_ids, tokenizer.eos_token_id}
+        self.eos_ids: list[int] = sorted(token for token in known if token is not None)
+        self.pad_id: int = self._padding_id()
+
+    def _padding_id(self) -> int:
+        """Choose an id for padding, not one that ends a turn where there is another.
+
+        Nothing here infers a mask from ids, so padding may equal the end of a turn; a separate id is chosen for the
+        sake of saved models, whose usual pooling does infer it.
+        """
+        candidates = [
+            self.raw.pad_token_id,
+            self.raw.unk_token_id,
+            self.raw.bos_token_id,
+            *self.raw.all_special_ids,
+        ]
+        for token in candidates:
+            if token is not None and token not in self.eos_ids:
+                return int(token)
+        return self.end_of_turn
+
+    def prompt(self, messages: Messages) -> list[int]:
+        """Encode a conversation up to where the assistant's answer begins."""
+        return self._encode(self._render(messages, True, self._needs_care(messages)), messages)
+
+    def response(self, text: str, *, ended: bool = True) -> list[int]:
+        """Encode an assistant's answer; with `ended`, closed by the token that ends a turn."""
+        ids = self._data_ids(text)
+        return [*ids, self.end_of_turn] if ended else ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Decode a response to text without control tokens and outer white space."""
+        return str(self.raw.decode(list(ids), skip_special_tokens=True)).strip()
+
+    def option(self, text: str) -> int:
+        """Return the single token that an option label such as ``A`` is written with at the start of an answer.
+
+        Raises:
+            ModelError: the label takes several tokens, so that its probability cannot be read in one step.
+        """
+        ids = self._data_ids(text)
+        if len(ids) != 1:
+            raise ModelError(f"model `{self.name}`: the option `{text}` takes {len(ids)} tokens; one is needed.")
+        return ids[0]
+
+    def show(self, messages: Messages) -> str:
+        """Return the conversation as the model is shown it, control tokens visible."""
+        return str(self.raw.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+
+    def _needs_care(self, messages: Messages) -> bool:
+        return any(special in turn["content"] for turn in messages for special in self._specials)
+
+    def _render(self, messages: Messages, generation_prompt: bool, marked: bool) -> str:
+        if marked:
+            messages = [
+                {"role": turn["role"], "content": f"{_OPEN}{index}{_CLOSE}"} for index, turn in enumerate(messages)
+            ]
+        text = self.raw.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt)
+        return str(text)
+
+    def _encode(self, rendered: str, messages: Messages) -> list[int]:
+        if _OPEN not in rendered:
+            return self._template_ids(rendered)
+        ids: list[int] = []
+        for index, piece in enumerate(rendered.split(_OPEN)):
+            if index:
+                turn, piece = piece.split(_CLOSE, 1)
+                ids += self._data_ids(messages[int(turn)]["content"])
+            ids += self._template_ids(piece)
+        return ids
+
+    def _template_ids(self, text: str) -> list[int]:
+        return list(self.raw(text, add_special_tokens=False, split_special_tokens=False)["input_ids"])
+
+    def _data_ids(self, text: str) -> list[int]:
+        return list(self.raw(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])

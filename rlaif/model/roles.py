@@ -1,0 +1,252 @@
+"""One frozen base, every role an adapter: the only module that switches adapters.
+
+Switching adapters in PEFT is a trap (each of these was reproduced): `set_adapter` makes a frozen adapter trainable; a
+switch between forward and backward loses or misplaces gradients without an error. So a forward pass *and its backward
+pass* happen inside one ``with base.acting_as(role)``, which does not nest; outside of one, the model refuses to run.
+Which parameters are trainable is decided once, when a role is added, and restored after every switch.
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from rlaif import files
+from rlaif.errors import ModelError, RoleError
+from rlaif.model.base import Base, load_base
+from rlaif.recipe import ModelSection
+
+BASE = "base"  # the role without an adapter
+_SCORE_KEY = "base_model.model.score.weight"
+
+
+class SharedBase:
+    """A base model in memory and the roles that act on it."""
+
+    def __init__(self, base: Base, settings: ModelSection):
+        self.lm = base.lm
+        self.tokenizer = base.tokenizer
+        self.identity = base.identity
+        self.max_length = base.max_length
+        self.device = base.device
+        self.heads = nn.ModuleDict()
+        self._settings = settings
+        self._peft: PeftModel | None = None
+        self._trainable: dict[str, bool] = {BASE: False}
+        self._has_adapter: dict[str, bool] = {BASE: False}
+        self._acting: str | None = None
+        self._trunk = getattr(self.lm, self.lm.base_model_prefix)
+        self._trunk.register_forward_pre_hook(self._guard)
+        if settings.gradient_checkpointing:
+            self.lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self._check_logits()
+
+    @classmethod
+    def load(cls, settings: ModelSection) -> "SharedBase":
+        """Load the base that a recipe names."""
+        return cls(load_base(settings), settings)
+
+    # --- roles -----------------------------------------------------------------------------------------------
+
+    def add_role(
+        self,
+        role: str,
+        *,
+        trainable: bool = False,
+        adapter: Path | None = None,
+        head: bool = False,
+        like: str = "",
+    ) -> None:
+        """Add a role.
+
+        Args:
+            role: its name.
+            trainable: whether its adapter and head may change.
+            adapter: folder to load the adapter (and head) from; absent: a new adapter, which changes nothing yet
+                because its B matrices are zero.
+            head: give it a scalar head; a new one is zero, so that its first values are 0.
+            like: start as a copy of this role instead of `adapter`.
+
+        Raises:
+            RoleError: the name is taken, or another role is acting.
+            ModelError: the folder holds no adapter that fits this base.
+        """
+        if role in self._trainable or self._acting:
+            raise RoleError(f"role `{role}` cannot be added: it exists already, or a role is acting.")
+        config, weights = self._read_adapter(adapter) if adapter else (self._new_config(), {})
+        if self._peft is None:
+            self._peft = PeftModel(self.lm, config, adapter_name=role)
+        else:
+            self._peft.add_adapter(role, config)
+        score = weights.pop(_SCORE_KEY, None)
+        if like:
+            weights = get_peft_model_state_dict(self._peft, adapter_name=like)
+        if weights:
+            result = set_peft_model_state_dict(self._peft, weights, adapter_name=role)
+            if result.unexpected_keys:
+                raise ModelError(f"{adapter}: the adapter does not fit this model: {result.unexpected_keys[0]}.")
+        self._trainable[role], self._has_adapter[role] = trainable, True
+        if head or score is not None:
+            self._add_head(role, score, like)
+        self._restore()
+
+    def add_head_on(self, role: str, name: str) -> None:
+        """Add a zero scalar head `name` that reads the trunk of another role (a critic without an adapter)."""
+        if name in self._trainable or role not in self._trainable:
+            raise RoleError(f"head `{name}` on role `{role}`: the name is taken or the role is unknown.")
+        self._trainable[name], self._has_adapter[name] = True, False
+        self._add_head(name, None, "")
+
+    def _add_head(self, role: str, score: Tensor | None, like: str) -> None:
+        layer = nn.Linear(self.hidden_size, 1, bias=False, device=self.device, dtype=torch.float32)
+        with torch.no_grad():
+            layer.weight.zero_()
+            if score is not None:
+                layer.weight.copy_(score)
+            elif like in self.heads:
+                layer.load_state_dict(self.heads[like].state_dict())
+        layer.requires_grad_(self._trainable[role])
+        self.heads[role] = layer
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the last hidden state."""
+        return int(self.lm.config.get_text_config().hidden_size)
+
+    @property
+    def peft(self) -> PeftModel:
+        """The model with its adapters, for a trainer that wants a module."""
+        if self._peft is None:
+            raise RoleError("no role with an adapter has been added yet.")
+        return self._peft
+
+    @contextmanager
+    def acting_as(self, role: str, *, training: bool = False) -> Iterator[None]:
+        """Make one role's adapter the active one, for a forward pass and its backward pass.
+
+        Args:
+            role: an added role, or ``base`` for the model without an adapter.
+            training: put the modules into training mode, which gradient checkpointing needs.
+
+        Raises:
+            RoleError: unknown role, or another role is acting.
+        """
+        if self._acting is not None:
+            raise RoleError(f"`{role}` cannot act while `{self._acting}` does: acting_as does not nest.")
+        if role not in self._trainable or not (self._has_adapter[role] or role == BASE):
+            raise RoleError(f"unknown role `{role}`; roles with an adapter: {', '.join(self._with_adapter())}.")
+        self._switch(role)
+        self._acting = role
+        self.lm.train(training)
+        try:
+            yield
+        finally:
+            self._acting = None
+            self.lm.eval()
+            self._restore()
+
+    def _with_adapter(self) -> list[str]:
+        return [name for name, has in self._has_adapter.items() if has]
+
+    def _switch(self, role: str) -> None:
+        if self._peft is not None:
+            if role == BASE:
+                self._peft.base_model.disable_adapter_layers()
+            else:
+                self._peft.base_model.enable_adapter_layers()
+                self._peft.set_adapter(role)
+        self._restore()
+
+    def _restore(self) -> None:
+        """Set which parameters are trainable, whatever PEFT did to them in a switch."""
+        for name, parameter in self.lm.named_parameters():
+            owner = self._owner(name)
+            parameter.requires_grad_(self._trainable[owner] if owner else False)
+
+    def _owner(self, parameter_name: str) -> str | None:
+        parts = parameter_name.split(".")
+        if "lora_A" in parts or "lora_B" in parts:
+            return parts[parts.index("lora_A" if "lora_A" in parts else "lora_B") + 1]
+        return None
+
+    def named_parameters_of(self, role: str) -> list[tuple[str, nn.Parameter]]:
+        """Return the adapter's and the head's parameters of one role, by name."""
+        own = [(name, p) for name, p in self.lm.named_parameters() if self._owner(name) == role]
+        return own + ([(f"heads.{role}.weight", self.heads[role].weight)] if role in self.heads else [])
+
+    def _guard(self, module: nn.Module, arguments: Any) -> None:
+        if self._acting is None:
+            raise RoleError("the model was run outside `with base.acting_as(role)`.")
+
+    # --- forward passes --------------------------------------------------------------------------------------
+
+    def trunk(self, **inputs: Any) -> Any:
+        """Run the acting role without the vocabulary projection; ``.last_hidden_state`` is ``[B, L, hidden]``."""
+        return self._trunk(**inputs)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Project hidden states ``[..., hidden]`` to vocabulary logits ``[..., V]`` in fp32."""
+        logits: Tensor = self.lm.get_output_embeddings()(hidden).float()
+        cap = getattr(self.lm.config.get_text_config(), "final_logit_softcapping", None)
+        return torch.tanh(logits / cap) * cap if cap else logits
+
+    def head(self, role: str, hidden: Tensor) -> Tensor:
+        """Apply a role's scalar head in fp32: ``[..., hidden]`` to ``[...]``."""
+        result: Tensor = self.heads[role](hidden.float()).squeeze(-1)
+        return result
+
+    def _check_logits(self) -> None:
+        """Refuse a model family whose logits are not what `trunk` and `logits` compute."""
+        ids = torch.tensor([[self.tokenizer.end_of_turn, 1, 2, 3]], device=self.device)
+        with torch.no_grad(), self.acting_as(BASE):
+            ours = self.logits(self.trunk(input_ids=ids, use_cache=False).last_hidden_state)
+            theirs = self.lm(input_ids=ids, use_cache=False).logits.float()
+        if not torch.allclose(ours, theirs, atol=1e-2, rtol=1e-3):
+            raise ModelError(
+                f"model `{self.tokenizer.name}`: its logits are not a projection of its last hidden state; "
+                f"the model type `{self.lm.config.model_type}` is not supported."
+            )
+
+    # --- adapter folders -------------------------------------------------------------------------------------
+
+    def _new_config(self) -> LoraConfig:
+        targets = self._settings.lora_target_modules
+        return LoraConfig(
+            r=self._settings.lora_r,
+            lora_alpha=self._settings.lora_alpha,
+            lora_dropout=0.0,
+            target_modules=targets if isinstance(targets, str) else list(targets),
+            task_type="CAUSAL_LM",
+        )
+
+    def _read_adapter(self, folder: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
+        try:
+            config = LoraConfig.from_pretrained(str(folder))
+            weights = load_file(folder / "adapter_model.safetensors", device=str(self.device))
+        except (OSError, ValueError, KeyError, TypeError) as problem:
+            raise ModelError(f"{folder}: not a LoRA adapter folder in safetensors form: {problem}.") from None
+        config.task_type, config.modules_to_save, config.inference_mode = "CAUSAL_LM", None, False
+        return config, weights
+
+    def save_role(self, role: str, folder: Path) -> None:
+        """Write a role as a plain PEFT folder: a causal model's adapter, or with a head a sequence classifier's.
+
+        `AutoPeftModelForCausalLM`, or with ``num_labels=1`` `AutoPeftModelForSequenceClassification`, loads it.
+        """
+        state = get_peft_model_state_dict(self.peft, adapter_name=role, save_embedding_layers=False)
+        config = {**self.peft.peft_config[role].to_dict(), "inference_mode": True}
+        if role in self.heads:
+            state[_SCORE_KEY] = self.heads[role].weight
+            config |= {"task_type": "SEQ_CLS", "modules_to_save": ["score"]}
+        plain = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+        with files.fresh_folder(folder) as fresh:
+            (fresh / "adapter_config.json").write_text(json.dumps(plain, indent=2, default=str) + "\n")
+            (fresh / "adapter_model.safetensors").write_bytes(save(tensors, metadata={"format": "pt"}))
+            self.tokenizer.raw.save_pretrained(fresh)

@@ -1,0 +1,170 @@
+"""The stages in order: each runs unless its manifest shows that nothing it depends on has changed.
+
+A stage folder's manifest is written last, with a hash of each input and of each output. A stage that was killed has no
+manifest: it runs again and takes finished answers from the journal and finished training steps from its newest complete
+checkpoint. Where its inputs changed meanwhile, its folder is emptied first, so nothing stale is continued.
+"""
+
+import gc
+import importlib
+import io
+import json
+import resource
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+from ruamel.yaml import YAML
+
+from rlaif import files, journal
+from rlaif.documents import fingerprint
+from rlaif.errors import ConfigError, JournalError
+from rlaif.progress import Progress
+from rlaif.recipe import Loaded, load_recipe
+from rlaif.stages.run import Run
+
+STARTED = "started.json"
+_PACKAGES = (
+    "rlaif-toolkit",
+    "torch",
+    "transformers",
+    "trl",
+    "peft",
+    "bitsandbytes",
+    "datasets",
+    "accelerate",
+)
+
+
+def run_recipe(
+    loaded: Loaded,
+    progress: Progress,
+    *,
+    first: str | None = None,
+    last: str | None = None,
+    only: str | None = None,
+) -> Path:
+    """Run a recipe's stages and return the run folder.
+
+    Args:
+        loaded: the checked recipe.
+        progress: where to say what happens.
+        first: run this stage and all later ones again, whatever their manifests say.
+        last: stop after this stage.
+        only: run this stage alone.
+
+    Raises:
+        RlaifError: see the stages; a run folder that another process uses is a JournalError.
+    """
+    recipe = loaded.recipe
+    for option in (first, last, only):
+        if option is not None and option not in recipe.stages:
+            raise ConfigError(f"{loaded.path}: has no stage `{option}`; its stages: {', '.join(recipe.stages)}.")
+    stages: list[str] = list(recipe.stages)
+    order = list(stages)
+    stages = stages[: order.index(last) + 1] if last else stages
+    stages = [only] if only else stages
+    folder = recipe.folder()
+    with files.run_lock(folder):
+        files.repair_tree(folder)
+        with journal.Journal(folder / "journal.db") as book:
+            run = Run(loaded, folder, book, progress)
+            _write_recipe(run)
+            for stage in stages:
+                again = first is not None and order.index(stage) >= order.index(first)
+                skip = first is not None and not again
+                if not skip:
+                    run_stage(run, stage, again=again)
+    return folder
+
+
+def _write_recipe(run: Run) -> None:
+    resolved = run.recipe.model_dump() | {
+        "output": str(run.folder),
+        "constitution": str(run.loaded.constitution),
+        "prompts": [str(path) for path in run.loaded.prompts],
+    }
+    resolved["human"]["files"] = [str(path) for path in run.loaded.human_files]
+    path = run.folder / "recipe.yaml"
+    text = io.StringIO()
+    YAML(typ="safe", pure=True).dump(resolved, text)
+    files.write_text(path, text.getvalue())
+
+
+def run_stage(run: Run, stage: str, *, again: bool = False) -> None:
+    """Run one stage unless its manifest holds."""
+    folder = run.stage_folder(stage)
+    module = importlib.import_module(f"rlaif.stages.{stage}")
+    inputs: dict[str, str] = module.inputs(run)
+    reasons = ["asked for with --from"] if again else journal.broken(folder, inputs)
+    if not reasons:
+        run.progress.say(f"{folder.name}: up to date")
+        return
+    run.progress.say(f"{folder.name}" + ("" if reasons == ["no manifest"] else f" ({'; '.join(reasons)})"))
+    _prepare(folder, inputs, again)
+    began = time.monotonic()
+    _reset_peak()
+    counts = getattr(module, stage)(run)
+    files.remove_folder(folder / "checkpoints")
+    (folder / STARTED).unlink(missing_ok=True)
+    manifest = journal.Manifest(
+        stage=stage,
+        inputs=inputs,
+        outputs=journal.outputs_of(folder),
+        counts=counts,
+        seconds=round(time.monotonic() - began, 1),
+        peak_memory_gib=round(peak_memory_gib(), 2),
+        versions={name: version(name) for name in _PACKAGES},
+    )
+    journal.write_manifest(folder, manifest)
+    shown = ", ".join(f"{key} {_short(value)}" for key, value in counts.items())
+    run.progress.say(f"  done in {manifest.seconds:.0f} s, {manifest.peak_memory_gib:.1f} GiB: {shown}")
+    gc.collect()
+
+
+def _short(value: object) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def _prepare(folder: Path, inputs: dict[str, str], again: bool) -> None:
+    """Empty the stage's folder unless it was left by a run that was stopped under the very same inputs."""
+    path = folder / STARTED
+    try:
+        same = json.loads(path.read_text(encoding="utf-8"))["inputs"] == fingerprint(inputs)
+    except (OSError, ValueError, KeyError, TypeError):
+        same = False
+    if again or not same:
+        files.remove_folder(folder)
+    files.write_json(path, {"inputs": fingerprint(inputs)})
+
+
+def _reset_peak() -> None:
+    """Start a new measurement of peak memory, where the system offers it."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return
+
+
+def peak_memory_gib() -> float:
+    """Return this process's peak resident memory in GiB, since `_reset_peak` on Linux."""
+    try:
+        status = Path("/proc/self/status").read_text()
+        line = next(line for line in status.splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) / 2**20
+    except (OSError, StopIteration):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def open_run(folder: Path) -> Loaded:
+    """Read the resolved recipe of a run folder.
+
+    Raises:
+        JournalError: the folder is not a run folder.
+    """
+    path = folder / "recipe.yaml"
+    if not path.is_file():
+        raise JournalError(
+            f"{folder}: not a run folder (it has no recipe.yaml). Name a folder such as runs/quickstart."
+        )
+    return load_recipe(path)

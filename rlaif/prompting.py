@@ -1,0 +1,112 @@
+"""Prompt templates: the one sandboxed Jinja environment, declared variables, hashes.
+
+A template file starts with a comment that declares its variables, for example ``{# variables: prompt, response #}``.
+What is declared must be exactly what is used, so a misspelt name is found when the file is loaded and not when the
+ten-thousandth row is rendered. Templates are files, never data: a prompt or an answer is only ever a value.
+"""
+
+import hashlib
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import jinja2
+from jinja2 import meta
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from rlaif.documents import read_text, shipped
+from rlaif.errors import PromptError
+
+MAX_TEMPLATE_CHARACTERS = 20_000
+MAX_RENDERED_CHARACTERS = 400_000
+_DECLARATION = re.compile(r"\A\{#-?\s*variables:\s*([\w, ]*?)\s*-?#\}\n?")
+
+
+def sandbox(*, autoescape: bool = False) -> ImmutableSandboxedEnvironment:
+    """Return the environment that every template of this package is rendered in.
+
+    It cannot reach Python internals or change what it is given, and a missing variable is an error. No other place in
+    the package builds a Jinja environment.
+    """
+    environment = ImmutableSandboxedEnvironment(
+        undefined=jinja2.StrictUndefined, autoescape=autoescape, keep_trailing_newline=False, trim_blocks=True
+    )
+    environment.globals.clear()
+    return environment
+
+
+@dataclass(frozen=True)
+class Template:
+    """One prompt template and the variables it declares."""
+
+    path: Path
+    source: str
+    variables: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """The verb that the file is named by, such as ``critique``."""
+        return self.path.stem
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 (hexadecimal) of the source without its declaration."""
+        return hashlib.sha256(self.source.encode()).hexdigest()
+
+    @cached_property
+    def _compiled(self) -> jinja2.Template:
+        return sandbox().from_string(self.source)
+
+    def render(self, **values: str) -> str:
+        """Fill the template in.
+
+        Raises:
+            PromptError: a declared variable is missing, an undeclared one is given, the sandbox refuses an operation,
+                or the result is too long.
+        """
+        missing = sorted(set(self.variables) - set(values))
+        unknown = sorted(set(values) - set(self.variables))
+        if missing or unknown:
+            raise PromptError(
+                f"{self.path}: declares the variables {', '.join(self.variables)}; "
+                f"missing: {', '.join(missing) or 'none'}; not declared: {', '.join(unknown) or 'none'}."
+            )
+        try:
+            text = self._compiled.render(**values)
+        except jinja2.TemplateError as problem:
+            raise PromptError(f"{self.path}: cannot be rendered: {problem}.") from None
+        if len(text) > MAX_RENDERED_CHARACTERS:
+            raise PromptError(
+                f"{self.path}: rendered to {len(text)} characters; at most {MAX_RENDERED_CHARACTERS} are allowed."
+            )
+        return text
+
+
+def load_template(name: str, folder: Path | None = None) -> Template:
+    """Load ``NAME.jinja`` from a folder, by default from the prompts that ship with the package.
+
+    Raises:
+        PromptError: no such file, a syntax error (with its line), no declaration, or variables used but not declared
+            or declared but not used.
+    """
+    path = (folder or shipped("prompts")) / f"{name}.jinja"
+    text = read_text(path, PromptError)
+    if len(text) > MAX_TEMPLATE_CHARACTERS:
+        raise PromptError(f"{path}: {len(text)} characters; a template may have {MAX_TEMPLATE_CHARACTERS}.")
+    declaration = _DECLARATION.match(text)
+    if declaration is None:
+        raise PromptError(f"{path}:1: the first line must declare the variables, as in {{# variables: prompt #}}.")
+    declared = tuple(word.strip() for word in declaration.group(1).split(",") if word.strip())
+    source = text[declaration.end() :].rstrip("\n")
+    try:
+        used = meta.find_undeclared_variables(sandbox().parse(source))
+    except jinja2.TemplateSyntaxError as problem:
+        raise PromptError(f"{path}:{(problem.lineno or 0) + 1}: not a Jinja template: {problem.message}.") from None
+    undeclared, unused = sorted(used - set(declared)), sorted(set(declared) - used)
+    if undeclared or unused:
+        raise PromptError(
+            f"{path}:1: declares {', '.join(declared) or 'nothing'}; used but not declared: "
+            f"{', '.join(undeclared) or 'none'}; declared but not used: {', '.join(unused) or 'none'}."
+        )
+    return Template(path, source, declared)

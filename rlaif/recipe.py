@@ -1,0 +1,294 @@
+"""Recipes: what a YAML file may say, with defaults, units and line-numbered errors.
+
+A recipe has general keys, then one section per stage, named as the stage. Model and training keys carry the names that
+`transformers`, `peft` and `trl` users know. Unknown keys are errors that name the nearest key.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from rlaif.documents import Document, find, load_yaml, validate
+from rlaif.errors import ConfigError
+from rlaif.filters import REASONS
+
+Stage = Literal["revise", "sft", "label", "reward", "ppo", "evaluate"]
+STAGES: tuple[Stage, ...] = get_args(Stage)
+Positive = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class ModelSection(Section):
+    """The one base model and the shape of its adapters. A plain string is the model's name."""
+
+    model_name_or_path: str = Field(min_length=1, description="embedded name, local folder or Hub id")
+    model_revision: str | None = Field(None, description="commit of a Hub model")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    load_in_4bit: bool = False
+    load_in_8bit: bool = False
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
+    use_bnb_nested_quant: bool = True
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    lora_r: Positive = 16
+    lora_alpha: Positive = 32
+    lora_target_modules: list[str] | Literal["all-linear"] = "all-linear"
+    gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, about 1.3x the time")
+
+    @model_validator(mode="after")
+    def _one_precision(self) -> "ModelSection":
+        if self.load_in_4bit and self.load_in_8bit:
+            raise ValueError("load_in_4bit and load_in_8bit exclude each other; choose one")
+        return self
+
+
+class SamplingSection(Section):
+    """How responses are drawn."""
+
+    max_new_tokens: Positive = 64
+    temperature: NonNegative = Field(0.7, description="0 is greedy")
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+
+
+class TrainingSection(Section):
+    """Keys of `transformers.TrainingArguments` that a stage passes through."""
+
+    num_train_epochs: PositiveFloat = 1.0
+    max_steps: int = Field(-1, description="optimizer steps; -1 leaves it to num_train_epochs")
+    per_device_train_batch_size: Positive = 8
+    gradient_accumulation_steps: Positive = 1
+    learning_rate: PositiveFloat = 2e-4
+    lr_scheduler_type: Literal["constant", "linear", "cosine", "constant_with_warmup"] = "linear"
+    warmup_steps: int = Field(0, ge=0)
+    weight_decay: NonNegative = 0.0
+    max_grad_norm: PositiveFloat = 1.0
+    max_length: Positive = Field(1024, description="tokens; longer rows are set aside with the reason")
+    logging_steps: Positive = 1
+    save_steps: Positive = Field(50, description="optimizer steps between checkpoints")
+    report_to: list[str] | str = "none"
+
+
+class ReviseSection(Section):
+    """Response, critique, revision."""
+
+    sampling: SamplingSection = SamplingSection()
+    prompts_per_tag: dict[str, Positive] = Field({}, description="how many train prompts of each tag; absent: all")
+    revise_tags: list[str] = Field(["harmful"], description="tags whose responses are critiqued and revised")
+    rounds: Positive = Field(1, description="critique-revision steps per chain")
+    demonstrations: Literal["all", "last"] = Field("all", description="which rounds' revisions become demonstrations")
+    few_shot: int = Field(3, ge=0, description="worked examples of the constitution shown before each request")
+    must_refuse_tags: list[str] = Field([], description="tags whose revision must decline, else it is set aside")
+    filters: list[str] = Field(list(REASONS), description="what sets a text aside; see rlaif/filters.py")
+    batch_size: Positive = 16
+
+    @field_validator("filters")
+    @classmethod
+    def _known_filters(cls, names: list[str]) -> list[str]:
+        unknown = sorted(set(names) - set(REASONS))
+        if unknown:
+            raise ValueError(f"no filter `{unknown[0]}`; filters: {', '.join(REASONS)}")
+        return names
+
+
+class SftSection(TrainingSection):
+    """Supervised fine-tuning on demonstrations."""
+
+    heldout_fraction: Fraction = Field(0.1, description="share of demonstrations kept for the held-out loss")
+
+
+class LabelSection(Section):
+    """Where comparisons come from when `feedback` is `ai`."""
+
+    method: Literal["judge", "revision", "contrast"] = "judge"
+    sampling: SamplingSection = SamplingSection(temperature=1.0)
+    prompts_per_tag: dict[str, Positive] = {}
+    few_shot: int = Field(2, ge=0, description="worked comparisons of the constitution shown to the judge")
+    debias: Literal["logit", "probability"] = Field("logit", description="space in which both orders are averaged")
+    min_judge_accuracy: Fraction = Field(0.6, description="on the constitution's tests; below it `judge` stops")
+    allow_weak_judge: bool = Field(False, description="go on below min_judge_accuracy")
+    min_strength: NonNegative = Field(0.0, description="logits; weaker judgements are ties and are set aside")
+    batch_size: Positive = 16
+
+
+class HumanSection(Section):
+    """Where comparisons come from when `feedback` is `human` or `mixed`."""
+
+    files: list[str] = []
+    annotator: str = "human"
+    tag: str = Field("", description="tag of rows that bring none")
+
+
+class RewardSection(TrainingSection):
+    """The reward model: a LoRA adapter and an fp32 scalar head on the shared base."""
+
+    center_rewards_coefficient: NonNegative = 0.01
+    heldout_fraction: Fraction = Field(0.2, description="share of prompts kept for evaluation, drawn per tag")
+    min_heldout_accuracy: Fraction = Field(0.6, description="for every tag; below it `ppo` does not start")
+    allow_weak_reward: bool = Field(False, description="let `ppo` start below min_heldout_accuracy")
+    microbatch: Positive = Field(8, description="pairs per forward pass when scoring")
+
+
+class PpoSection(Section):
+    """Proximal policy optimization."""
+
+    sampling: SamplingSection = SamplingSection(temperature=1.0)
+    prompts_per_tag: dict[str, Positive] = {}
+    updates: Positive = Field(50, description="iterations of sample, score, optimize")
+    rollout_batch: Positive = Field(16, description="prompts per iteration")
+    samples_per_prompt: Positive = 1
+    minibatch: Positive = Field(16, description="responses per optimizer step")
+    microbatch: Positive = Field(8, description="responses per forward and backward pass")
+    num_ppo_epochs: Positive = 4
+    learning_rate: PositiveFloat = 1e-4
+    lr_scheduler_type: Literal["constant", "linear"] = "constant"
+    adam_epsilon: PositiveFloat = 1e-5
+    max_grad_norm: PositiveFloat = 1.0
+    gamma: Fraction = 1.0
+    lam: Fraction = 0.95
+    cliprange: PositiveFloat = 0.2
+    cliprange_value: PositiveFloat = 0.2
+    vf_coef: NonNegative = 0.1
+    entropy_coef: NonNegative = 0.0
+    kl_coef: NonNegative = 0.05
+    kl_target: PositiveFloat | None = Field(None, description="nats per response; adapts kl_coef")
+    whiten_rewards: bool = False
+    missing_eos_penalty: NonNegative = Field(0.0, description="taken off the score of a response without an end")
+    score_clip: PositiveFloat | None = None
+    critic: Literal["auto", "trunk", "adapter"] = Field("auto", description="auto: trunk on a CPU, adapter on a GPU")
+    reward_function: str | None = Field(None, description="a registered scoring function instead of the reward model")
+    save_every_updates: Positive = 1
+    sample_every_updates: Positive = 1
+
+    @model_validator(mode="after")
+    def _divides(self) -> "PpoSection":
+        responses = self.rollout_batch * self.samples_per_prompt
+        if responses % self.minibatch or self.minibatch % min(self.microbatch, self.minibatch):
+            raise ValueError(
+                f"rollout_batch x samples_per_prompt = {responses} must be a multiple of minibatch = {self.minibatch}, "
+                f"and that a multiple of microbatch = {self.microbatch}"
+            )
+        return self
+
+
+class EvaluateSection(Section):
+    """Base, SFT and PPO policies on prompts never trained on."""
+
+    sampling: SamplingSection = SamplingSection()
+    prompts_per_tag: dict[str, Positive] = {}
+    judge_prompts_per_tag: int = Field(8, ge=0, description="prompts of each tag that the judge compares; 0: no judge")
+    batch_size: Positive = 16
+
+
+class Recipe(Section):
+    """A whole run."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    model: ModelSection
+    seed: int = 0
+    output: str | None = Field(None, description="run folder; default: runs/NAME")
+    constitution: str = "harmless"
+    prompts: list[str] = Field(["harmful", "ordinary", "lookalike"], min_length=1)
+    feedback: Literal["ai", "human", "mixed"] = "ai"
+    stages: list[Stage] = Field(list(STAGES), min_length=1)
+    revise: ReviseSection = ReviseSection()
+    sft: SftSection = SftSection()
+    label: LabelSection = LabelSection()
+    human: HumanSection = HumanSection()
+    reward: RewardSection = RewardSection()
+    ppo: PpoSection = PpoSection()
+    evaluate: EvaluateSection = EvaluateSection()
+
+    @field_validator("model", mode="before")
+    @classmethod
+    def _name_is_enough(cls, value: Any) -> Any:
+        return {"model_name_or_path": value} if isinstance(value, str) else value
+
+    @field_validator("stages")
+    @classmethod
+    def _in_order(cls, stages: list[Stage]) -> list[Stage]:
+        if len(set(stages)) < len(stages) or stages != sorted(stages, key=STAGES.index):
+            raise ValueError(f"stages run in this order, each once: {', '.join(STAGES)}")
+        return stages
+
+    @model_validator(mode="after")
+    def _sources(self) -> "Recipe":
+        if self.feedback != "ai" and "label" in self.stages and not self.human.files:
+            raise ValueError(
+                f"feedback is `{self.feedback}`, but human.files is empty; name the files that hold the labels"
+            )
+        if "ppo" in self.stages and "reward" not in self.stages and not self.ppo.reward_function:
+            raise ValueError("ppo needs the stage `reward` before it, or ppo.reward_function")
+        if "sft" in self.stages and "revise" not in self.stages:
+            raise ValueError("sft needs the stage `revise` before it")
+        if "reward" in self.stages and "label" not in self.stages:
+            raise ValueError("reward needs the stage `label` before it")
+        return self
+
+    def folder(self) -> Path:
+        """Return the run folder."""
+        return Path(self.output or f"runs/{self.name}")
+
+
+class Loaded(BaseModel):
+    """A checked recipe and the files it names, found."""
+
+    recipe: Recipe
+    path: Path
+    constitution: Path
+    prompts: list[Path]
+    human_files: list[Path]
+
+
+def load_recipe(path: Path, overrides: list[str] = []) -> Loaded:  # noqa: B006
+    """Read, override and check a recipe.
+
+    Args:
+        path: the file, or the name of a shipped recipe.
+        overrides: ``section.key=value`` as given with ``--set``; values are YAML.
+
+    Raises:
+        ConfigError: one line for every problem, with file, line and column.
+    """
+    path = find("recipes", str(path))
+    document = load_yaml(path, ConfigError)
+    for override in overrides:
+        _override(document, override)
+    recipe = validate(document, Recipe, ConfigError)
+    here = path.parent
+    return Loaded(
+        recipe=recipe,
+        path=path,
+        constitution=find("constitutions", recipe.constitution, here),
+        prompts=[find("prompts", name, here) for name in recipe.prompts],
+        human_files=[find("recipes", name, here) for name in recipe.human.files],
+    )
+
+
+def _override(document: Document, override: str) -> None:
+    """Set one key of a document, creating sections on the way."""
+    dotted, sign, text = override.partition("=")
+    if not sign or not dotted.strip():
+        raise ConfigError(f"--set {override}: `section.key=value` is expected.")
+    try:
+        value = YAML(typ="safe", pure=True).load(text)
+    except YAMLError:
+        raise ConfigError(f"--set {override}: `{text}` is not a YAML value.") from None
+    keys = dotted.strip().split(".")
+    target = document.data
+    for depth, key in enumerate(keys[:-1]):
+        if key == "model" and isinstance(target.get(key), str):
+            target[key] = {"model_name_or_path": target[key]}
+        target = target.setdefault(key, {})
+        if not isinstance(target, dict):
+            raise ConfigError(f"--set {override}: `{'.'.join(keys[: depth + 1])}` is a value, not a section.")
+    target[keys[-1]] = value

@@ -1,0 +1,217 @@
+"""The rows that travel between stages, and JSON lines in and out.
+
+A file's rows are read with the number of the line they stand on, so every complaint can name ``file:line``.
+The column names are those that `datasets`, TRL, axolotl and LLaMA-Factory read; `prompt`, `chosen`,
+`rejected` and `messages` are lists of ``{"role", "content"}``.
+"""
+
+import gzip
+import json
+import re
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal, NoReturn, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from typing_extensions import TypedDict  # pydantic refuses typing.TypedDict before Python 3.12
+
+from rlaif.documents import decode_text, explain, read_text, real_keys
+from rlaif.errors import DataError
+
+Split = Literal["train", "eval"]
+
+
+class Message(TypedDict):
+    """One turn of a conversation."""
+
+    role: str
+    content: str
+
+
+Messages = list[Message]
+Turns = Annotated[Messages, Field(min_length=1)]
+Identifier = Annotated[str, Field(min_length=1)]
+# What Python's reader lets through and JSON cannot hold: half of a surrogate pair, a number beyond a double.
+_SUSPECT = re.compile(r"\\u[dD]|\d[eE]\+?\d{3}")
+
+
+class Row(BaseModel):
+    """Base of all rows: unknown columns are refused, so a misspelt one cannot be lost silently."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class Prompt(Row):
+    """One prompt of a prompt set; `tag` says what kind (``harmful``, ``ordinary``, ``lookalike``, ...)."""
+
+    id: Identifier
+    prompt: str
+    tag: str = "ordinary"
+    category: str = ""
+    split: Split = "train"
+
+    @field_validator("prompt")
+    @classmethod
+    def _not_blank(cls, text: str) -> str:
+        if not text.strip():
+            raise ValueError("an empty prompt; text is expected")
+        return text
+
+    @property
+    def messages(self) -> Messages:
+        """The prompt as the conversation that a model is shown."""
+        return [{"role": "user", "content": self.prompt}]
+
+
+class Demonstration(Row):
+    """A prompt with the answer to imitate, and every text on the way to it."""
+
+    id: Identifier
+    prompt: Turns
+    completion: Turns
+    messages: Turns
+    revisions: list[dict[str, Any]] = []
+    tag: str = ""
+    flags: list[str] = []
+    provenance: dict[str, Any] = {}
+
+
+class Comparison(Row):
+    """Two answers to one prompt and how sure the labeller is that `chosen` is the better one.
+
+    `preference` is P(chosen is better), 0.5 to 1; `margin` is optional and in units of the reward; `votes`
+    holds each judgement that went into the preference.
+    """
+
+    id: Identifier
+    prompt: Turns
+    chosen: Turns
+    rejected: Turns
+    preference: float = Field(ge=0.5, le=1.0)
+    margin: float | None = Field(default=None, allow_inf_nan=False)
+    source: Literal["ai", "human", "construction"]
+    annotator: str
+    tag: str = ""
+    split: Split = "train"
+    votes: list[dict[str, Any]] = []
+    flags: list[str] = []
+    provenance: dict[str, Any] = {}
+
+
+R = TypeVar("R", bound=Row)
+
+
+def assistant(text: str) -> Messages:
+    """Return one assistant turn, the form of `completion`, `chosen` and `rejected`."""
+    return [{"role": "assistant", "content": text}]
+
+
+def text_of(turns: Messages) -> str:
+    """Return the text of the last turn."""
+    return turns[-1]["content"]
+
+
+def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield ``(line number, object)`` for each non-blank line of a JSON-lines file (or ``.gz`` of one).
+
+    Raises:
+        DataError: the file cannot be read, is not UTF-8, or a line (which is named) is not a JSON object,
+            holds a key twice, NaN or infinity, or text that is not Unicode.
+    """
+    for number, line in _lines(path):
+        yield number, _parse_line(line, f"{path}:{number}")
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    if path.suffix == ".gz":
+        try:
+            raw = gzip.decompress(path.read_bytes())
+        except FileNotFoundError:
+            raise DataError(f"{path}: no such file.") from None
+        except (OSError, EOFError, zlib.error) as problem:
+            raise DataError(f"{path}: not a readable gzip file: {problem}. Compress it again.") from None
+        text = decode_text(raw, path, DataError)
+    else:
+        text = read_text(path, DataError)
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            yield number, line
+
+
+def _parse_line(line: str, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line, parse_constant=_refuse_constant, object_pairs_hook=_without_duplicates)
+        if _SUSPECT.search(line):
+            json.dumps(row, ensure_ascii=False, allow_nan=False).encode()
+    except json.JSONDecodeError as problem:
+        raise DataError(
+            f"{where}: not a JSON object: {problem.msg} at column {problem.colno}. "
+            "Each line must hold one complete object."
+        ) from None
+    except UnicodeEncodeError:
+        raise DataError(f"{where}: half of a `\\u` pair, which is no character. Mend the text.") from None
+    except RecursionError:
+        raise DataError(f"{where}: values stand inside values too deep to read. Flatten the row.") from None
+    except ValueError as problem:
+        raise DataError(f"{where}: {problem}") from None
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: a {type(row).__name__}; one JSON object per line is expected.")
+    return row
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON; a finite number or null is expected.")
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key `{twice}` stands twice. Remove one.")
+    return row
+
+
+def read_rows(path: Path, kind: type[R]) -> list[R]:
+    """Read a whole file as rows of one kind, reporting every bad line at once.
+
+    Raises:
+        DataError: a line that is not a row of this kind, an id used twice, or a file without rows.
+    """
+    rows: list[R] = []
+    problems: list[str] = []
+    first_line: dict[str, int] = {}
+    for number, line in _lines(path):
+        try:
+            data = _parse_line(line, f"{path}:{number}")
+            row = kind.model_validate(data)
+        except DataError as problem:
+            problems.append(str(problem))
+            continue
+        except ValidationError as invalid:
+            for item in invalid.errors(include_url=False):
+                problems.append(f"{path}:{number}: {explain(kind, real_keys(data, item), item)}")
+            continue
+        identifier = str(getattr(row, "id"))  # noqa: B009
+        if identifier in first_line:
+            first = first_line[identifier]
+            problems.append(f"{path}:{number}: the id `{identifier}` stands already in line {first}")
+        first_line.setdefault(identifier, number)
+        rows.append(row)
+    if problems:
+        shown = problems[:20] + ([f"... and {len(problems) - 20} more"] if len(problems) > 20 else [])
+        raise DataError("\n".join(shown))
+    if not rows:
+        raise DataError(f"{path}: no rows; at least one JSON object is expected.")
+    return rows
+
+
+def jsonl(rows: Iterable[Row | dict[str, Any]]) -> str:
+    """Serialize rows, one JSON object per line.
+
+    Raises:
+        ValueError: a row holds NaN or infinity, which JSON cannot express.
+    """
+    plain = (row.model_dump() if isinstance(row, Row) else row for row in rows)
+    return "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in plain)

@@ -1,0 +1,330 @@
+"""What the stages wrote into a run folder, read and checked; the only part of the report that touches files.
+
+Every file has a model here that names the keys the report needs; other keys are ignored, so a stage may write
+more. A stage has run when its folder holds ``manifest.json``, which each stage writes last.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
+
+from rlaif.documents import load_yaml, read_text
+from rlaif.errors import DataError
+from rlaif.records import read_jsonl
+
+STAGES = ("revise", "sft", "label", "reward", "ppo", "evaluate")
+Metrics = list[dict[str, Any]]
+
+
+class Part(BaseModel):
+    """Base of all models of files: unknown keys are ignored."""
+
+    model_config = ConfigDict(extra="ignore", protected_namespaces=())
+
+
+class Rate(Part):
+    """`count` of `n`, with an interval; the numbers are None where n is 0."""
+
+    n: int
+    count: float | None = Field(None, validation_alias=AliasChoices("count", "correct"))
+    rate: float | None
+    low: float | None
+    high: float | None
+
+
+class Mean(Part):
+    """A mean over `n` responses, with an interval."""
+
+    n: int
+    mean: float | None
+    std: float | None = None
+    low: float | None
+    high: float | None
+
+
+class Manifest(Part):
+    """``manifest.json`` of a stage."""
+
+    stage: str
+    inputs: dict[str, str] = {}
+    outputs: dict[str, str] = {}
+    counts: dict[str, Any] = {}
+    seconds: float | None = None
+    peak_memory_gib: float | None = None
+    versions: dict[str, str] = {}
+
+
+class Step(Part):
+    """One critique and revision."""
+
+    principle: str
+    title: str | None = None
+    critique: str
+    revision: str
+
+
+class Chain(Part):
+    """One row of ``chains.jsonl``."""
+
+    id: str
+    prompt: str
+    tag: str = ""
+    response: str
+    steps: list[Step]
+    kept: bool
+    reason: str | None = None
+
+
+class JudgeTest(Part):
+    """What the judge said about one test of the constitution."""
+
+    prompt: str
+    better: str
+    worse: str
+    strength: float | None
+    bias: float | None
+    correct: bool
+
+
+class Mass(Part):
+    """Probability that the judge's next token is one of the two options."""
+
+    mean: float | None
+    min: float | None
+
+
+class Judge(Part):
+    """The judge, measured on the constitution's tests."""
+
+    model: str
+    method: str
+    tests: Rate
+    same_position: Rate
+    same_position_choice: Literal["first", "second"] | None = None
+    mean_abs_bias: float | None
+    median_abs_strength: float | None
+    option_mass: Mass | None = None
+    by_test: list[JudgeTest] = []
+
+
+class Labels(Part):
+    """The comparisons that the label stage made."""
+
+    method: str
+    comparisons: int
+    ties: int
+    unused: dict[str, int] = {}
+    by_tag: dict[str, int] = {}
+    chosen_longer: Rate
+    chosen_refuses: dict[str, Rate] = {}
+    mean_preference: float | None
+    same_position: Rate | None = None
+    same_position_choice: Literal["first", "second"] | None = None
+
+
+class Quality(Part):
+    """``quality.json`` of the label stage."""
+
+    judge: Judge | None
+    min_judge_accuracy: float | None = None
+    judge_labels: bool
+    labels: Labels
+
+
+class RewardEvaluation(Part):
+    """``evaluation.json`` of the reward stage."""
+
+    heldout: dict[str, Rate]
+    nll: float | None = None
+    baselines: dict[str, Rate] = {}
+    min_heldout_accuracy: float | None = None
+    offset: float | None = None
+    scale: float | None = None
+    train_pairs: int
+    heldout_pairs: int
+
+
+class PpoSample(Part):
+    """One row of ``samples.jsonl`` of the PPO stage."""
+
+    update: int
+    prompt: str
+    response: str
+    score: float | None
+    kl: float | None
+
+
+class PolicyMetrics(Part):
+    """What the evaluation measured of one policy."""
+
+    refusal: dict[str, Rate]
+    score: dict[str, Mean] | None = None
+    kl_to_reference: Mean | None = None
+    response_tokens: Mean | None = None
+    ended: Rate | None = None
+
+
+class Difference(Part):
+    """`policy` minus `against`, as a fraction, with an interval over the same prompts."""
+
+    policy: str
+    against: str
+    metric: str
+    tag: str
+    n: int
+    difference: float | None
+    low: float | None
+    high: float | None
+
+
+class WinRate(Part):
+    """How often the judge prefers the answer of `policy` to that of `against`."""
+
+    policy: str
+    against: str
+    n: int
+    wins: int
+    ties: int
+    losses: int
+    rate: float | None
+    low: float | None
+    high: float | None
+    same_position: Rate | None = None
+
+
+class Answers(Part):
+    """One prompt of the evaluation with the answers of all policies."""
+
+    prompt: str
+    tag: str = ""
+    responses: dict[str, str]
+    scores: dict[str, float | None] = {}
+    refused: dict[str, bool] = {}
+
+
+class Results(Part):
+    """``results.json`` of the evaluate stage."""
+
+    policies: list[str]
+    reference: str | None = None
+    prompts: dict[str, int] = {}
+    metrics: dict[str, PolicyMetrics]
+    differences: list[Difference] = []
+    win_rates: list[WinRate] = []
+    samples: list[Answers] = []
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything the report shows of a run folder; None or empty where a stage did not run."""
+
+    folder: Path
+    recipe: dict[str, Any]
+    recipe_text: str
+    constitution: str
+    manifests: dict[str, Manifest]
+    unfinished: list[str]
+    chains: list[Chain]
+    sft: Metrics
+    quality: Quality | None
+    reward: Metrics
+    reward_evaluation: RewardEvaluation | None
+    ppo: Metrics
+    ppo_samples: list[PpoSample]
+    results: Results | None
+
+
+M = TypeVar("M", bound=Part)
+
+
+def read_run(folder: Path) -> Run:
+    """Read a run folder.
+
+    Raises:
+        DataError: the folder holds no ``recipe.yaml``, or a file of a finished stage is missing or damaged
+            (naming the file, and the line or key).
+    """
+    recipe_path = folder / "recipe.yaml"
+    if not recipe_path.is_file():
+        raise DataError(f"{folder}: not a run folder: it holds no recipe.yaml. Name a folder that `rlaif run` made.")
+    places = {stage: folder / f"{number}-{stage}" for number, stage in enumerate(STAGES, start=1)}
+    manifests = {
+        stage: _object(place / "manifest.json", Manifest)
+        for stage, place in places.items()
+        if (place / "manifest.json").is_file()
+    }
+    done = {stage: places[stage] for stage in manifests}
+    recipe = load_yaml(recipe_path, DataError).data
+    return Run(
+        folder=folder,
+        recipe=recipe,
+        constitution=_constitution(done) or Path(str(recipe.get("constitution", "not named"))).stem,
+        recipe_text=read_text(recipe_path, DataError),
+        manifests=manifests,
+        unfinished=[stage for stage, place in places.items() if place.is_dir() and stage not in manifests],
+        chains=_rows(done["revise"] / "chains.jsonl", Chain) if "revise" in done else [],
+        sft=_metrics(done["sft"]) if "sft" in done else [],
+        quality=_object(done["label"] / "quality.json", Quality) if "label" in done else None,
+        reward=_metrics(done["reward"]) if "reward" in done else [],
+        reward_evaluation=_object(done["reward"] / "evaluation.json", RewardEvaluation) if "reward" in done else None,
+        ppo=_metrics(done["ppo"]) if "ppo" in done else [],
+        ppo_samples=_rows(done["ppo"] / "samples.jsonl", PpoSample) if "ppo" in done else [],
+        results=_results(done["evaluate"] / "results.json") if "evaluate" in done else None,
+    )
+
+
+def _constitution(done: dict[str, Path]) -> str | None:
+    """Return name and version of the constitution as the first row that knows them says."""
+    names = {"revise": ("demonstrations.jsonl", "quarantine.jsonl"), "label": ("comparisons.jsonl",)}
+    for path in (done[stage] / name for stage in names if stage in done for name in names[stage]):
+        for _, row in read_jsonl(path) if path.is_file() else ():
+            provenance = row.get("provenance")
+            if isinstance(provenance, dict) and isinstance(provenance.get("constitution"), str):
+                return str(provenance["constitution"])
+            break
+    return None
+
+
+def _metrics(place: Path) -> Metrics:
+    return [row for _, row in read_jsonl(place / "metrics.jsonl")]
+
+
+def _rows(path: Path, model: type[M]) -> list[M]:
+    return [_checked(row, f"{path}:{number}", model) for number, row in read_jsonl(path)]
+
+
+def _object(path: Path, model: type[M]) -> M:
+    try:
+        value = json.loads(read_text(path, DataError))
+    except json.JSONDecodeError as problem:
+        raise DataError(
+            f"{path}:{problem.lineno}: not readable as JSON: {problem.msg} at column {problem.colno}. " + _again(path)
+        ) from None
+    return _checked(value, str(path), model)
+
+
+def _results(path: Path) -> Results:
+    """Read the results, and check that every policy they list was measured."""
+    results = _object(path, Results)
+    unmeasured = [policy for policy in results.policies if policy not in results.metrics]
+    if unmeasured:
+        raise DataError(f"{path}: metrics.{unmeasured[0]}: missing, though `policies` lists it. {_again(path)}")
+    return results
+
+
+def _checked(value: Any, where: str, model: type[M]) -> M:
+    try:
+        return model.model_validate(value)
+    except ValidationError as problems:
+        lines = [
+            f"{where}: {'.'.join(map(str, item['loc'])) or '(file)'}: {item['msg'].lower()}"
+            for item in problems.errors(include_url=False)
+        ]
+        raise DataError("\n".join([*lines[:10], _again(Path(where))])) from None
+
+
+def _again(path: Path) -> str:
+    return f"Run the stage again: `rlaif run RECIPE --from {path.parent.name.partition('-')[2]}`."

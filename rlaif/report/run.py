@@ -1,0 +1,204 @@
+"""The report: what a run did and what came out, as one HTML file that needs nothing else.
+
+`write_report` reads a run folder (`reading`), turns its numbers into sentences (`wording`) and drawings
+(`charts`, `curves`), picks samples by a fixed rule and fills in ``report.html.jinja``. The same run folder
+gives the same bytes. The page loads nothing and runs nothing: its content security policy forbids both.
+"""
+
+from collections.abc import Callable, Sequence
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any, TypeVar
+
+from markupsafe import Markup
+
+from rlaif import files
+from rlaif.documents import read_text
+from rlaif.errors import DataError
+from rlaif.prompting import sandbox
+from rlaif.report import curves, wording
+from rlaif.report.charts import Bar, interval_chart
+from rlaif.report.reading import (
+    STAGES,
+    Chain,
+    Difference,
+    PpoSample,
+    Quality,
+    Rate,
+    Results,
+    RewardEvaluation,
+    Run,
+    read_run,
+)
+
+MAX_CHAINS, MAX_QUARANTINED, MAX_ANSWERS = 12, 4, 15
+MAX_SAMPLED_PROMPTS, MAX_SAMPLED_UPDATES = 3, 6
+FEEDBACK = {"ai": "an AI labeller", "human": "people", "mixed": "an AI labeller and people"}
+_HERE = Path(__file__).resolve().parent
+T = TypeVar("T")
+
+
+def write_report(run_folder: Path) -> Path:
+    """Write ``report.html`` into a run folder from what its stages wrote, and return its path.
+
+    A stage that did not run, or did not finish, is left out with a line that says so.
+
+    Raises:
+        DataError: the folder is no run folder, or a file of a finished stage is missing or damaged.
+        JournalError: the file cannot be written; an older report stays as it was.
+    """
+    path = run_folder / "report.html"
+    files.write_text(path, render(read_run(run_folder)))
+    return path
+
+
+def render(run: Run) -> str:
+    """Return the page. No text of the run becomes markup, and its control characters are made visible."""
+    environment = sandbox(autoescape=True)
+    environment.filters.update(
+        count=wording.count,
+        counts=wording.counts,
+        duration=wording.duration,
+        gib=wording.gib,
+        mean=wording.mean,
+        number=wording.number,
+        percent=wording.percent,
+        points=wording.points,
+        policy=wording.policy_name,
+        rate=wording.rate,
+        tag=wording.tag_name,
+        in_order=wording.in_order,
+    )
+    template = environment.from_string(read_text(_HERE / "report.html.jinja", DataError))
+    style = Markup(read_text(_HERE / "report.css", DataError))  # our own file, and no text of a run
+    return wording.visible(template.render(style=style, stages=STAGES, run=run, **_content(run))) + "\n"
+
+
+def _content(run: Run) -> dict[str, Any]:
+    """Return what the template shows beside the run itself."""
+    model = run.recipe.get("model", "not named")
+    memory = [one.peak_memory_gib for one in run.manifests.values() if one.peak_memory_gib is not None]
+    feedback = str(run.recipe.get("feedback", "ai"))
+    return {
+        "name": str(run.recipe.get("name", run.folder.name)),
+        "model": str(model.get("model_name_or_path", "not named")) if isinstance(model, dict) else str(model),
+        "seed": str(run.recipe.get("seed", 0)),
+        "feedback": FEEDBACK.get(feedback, feedback),
+        "seconds": sum(one.seconds or 0.0 for one in run.manifests.values()),
+        "memory": max(memory, default=None),
+        "chains": sample_chains(run.chains),
+        "ppo_samples": samples_over_time(run.ppo_samples),
+        "sft_figures": curves.sft_figures(run.sft),
+        "reward_figures": curves.reward_figures(run.reward),
+        "ppo_figures": curves.ppo_figures(run.ppo),
+        "versions": _versions(run),
+        **(_of_evaluation(run.results) if run.results else {}),
+        **(_of_labels(run.quality, people=feedback == "mixed") if run.quality else {}),
+        **(_of_reward(run.reward_evaluation) if run.reward_evaluation else {}),
+    }
+
+
+def _of_evaluation(results: Results) -> dict[str, Any]:
+    """Return sentences, the chart of refusals, differences by pair of policies, and samples of answers."""
+    tags = wording.in_order({tag for one in results.metrics.values() for tag in one.refusal})
+    groups = []
+    for tag in tags:
+        measured = [name for name in results.policies if tag in results.metrics[name].refusal]
+        bars = [_bar(wording.policy_name(p), results.metrics[p].refusal[tag], _colour(results, p)) for p in measured]
+        groups.append((f"{wording.tag_name(tag)} prompts", bars))
+    changes: dict[str, dict[str, Difference]] = {}
+    for one in results.differences:
+        if one.metric == "refusal":
+            pair = f"{wording.policy_name(one.policy)} against {wording.policy_name(one.against)}"
+            changes.setdefault(pair, {})[one.tag] = one
+    scored = [one.score for one in results.metrics.values() if one.score]
+    return {
+        "findings": wording.findings(results),
+        "refusals": {
+            "tags": tags,
+            "chart": interval_chart(groups, title="Refusal rates with 95 % intervals"),
+        },
+        "changes": list(changes.items()),
+        "score_tags": wording.in_order({tag for score in scored for tag in score if tag != "all"}),
+        "answers": alternate(results.samples, lambda row: row.tag, MAX_ANSWERS),
+    }
+
+
+def _colour(results: Results, policy: str) -> int:
+    """Return grey for the base model and a colour for each other policy."""
+    others = [name for name in results.policies if name != "base"]
+    return 3 if policy == "base" else others.index(policy) % 3
+
+
+def _bar(label: str, value: Rate, colour: int = 0) -> Bar:
+    return Bar(label, value.rate, value.low, value.high, wording.rate(value), colour)
+
+
+def _of_labels(quality: Quality, people: bool) -> dict[str, Any]:
+    """Return sentences and a chart about the judge, the tests it got wrong, and the tags of labels."""
+    judge = quality.judge
+    bars = [_bar("judge", judge.tests)] if judge else []
+    tests = "Accuracy of the judge on the constitution\u2019s tests, with its 95 % interval"
+    return {
+        "judge_findings": wording.judge_findings(quality, people=people),
+        "judge_chart": interval_chart([("", bars)], title=tests, reference=(0.5, "chance")),
+        "wrong_tests": [test for test in judge.by_test if not test.correct] if judge else [],
+        "label_tags": wording.in_order({*quality.labels.by_tag, *quality.labels.chosen_refuses}),
+    }
+
+
+def _of_reward(evaluation: RewardEvaluation) -> dict[str, Any]:
+    """Return sentences about the reward model, and its accuracy by tag above rules that need no model."""
+    tags = wording.in_order(evaluation.heldout)
+    model = [_bar("all" if tag == "all" else wording.tag_name(tag), evaluation.heldout[tag]) for tag in tags]
+    rules = [_bar(name.replace("_", " "), value, 3) for name, value in evaluation.baselines.items()]
+    groups = [("reward model", model)] + ([("simple rules, on the same pairs", rules)] if rules else [])
+    title = "Accuracy on held-out pairs with 95 % intervals"
+    return {
+        "reward_findings": wording.reward_findings(evaluation),
+        "reward_accuracy": interval_chart(groups, title=title, reference=(0.5, "chance")),
+    }
+
+
+def sample_chains(chains: Sequence[Chain]) -> list[Chain]:
+    """Pick up to twelve chains: up to four set aside, of different reasons, and kept ones of all tags."""
+    aside = alternate([chain for chain in chains if not chain.kept], lambda row: row.reason or "", MAX_CHAINS)
+    kept = alternate([chain for chain in chains if chain.kept], lambda row: row.tag, MAX_CHAINS)
+    kept = kept[: MAX_CHAINS - min(MAX_QUARANTINED, len(aside))]
+    return kept + aside[: MAX_CHAINS - len(kept)]
+
+
+def alternate(rows: Sequence[T], group: Callable[[T], str], limit: int) -> list[T]:
+    """Return the first rows of each group in turn, groups in order of first appearance."""
+    groups: dict[str, list[T]] = {}
+    for row in rows:
+        groups.setdefault(group(row), []).append(row)
+    turns = zip_longest(*groups.values())
+    return [row for turn in turns for row in turn if row is not None][:limit]
+
+
+def samples_over_time(rows: Sequence[PpoSample]) -> list[list[PpoSample]]:
+    """Follow the prompts sampled most often over updates; prompts sampled once make one list."""
+    prompts: dict[str, list[PpoSample]] = {}
+    for row in rows:
+        prompts.setdefault(row.prompt, []).append(row)
+    often = sorted((group for group in prompts.values() if len(group) > 1), key=len, reverse=True)
+    groups = often[:MAX_SAMPLED_PROMPTS] or ([list(rows)] if rows else [])
+    return [_spread(sorted(group, key=lambda row: row.update), MAX_SAMPLED_UPDATES) for group in groups]
+
+
+def _spread(rows: Sequence[T], limit: int) -> list[T]:
+    """Return the first row, the last, and those evenly between them."""
+    if len(rows) <= limit:
+        return list(rows)
+    return [rows[round(index * (len(rows) - 1) / (limit - 1))] for index in range(limit)]
+
+
+def _versions(run: Run) -> dict[str, str]:
+    """Return the versions of packages over all stages; several where stages ran with different ones."""
+    found: dict[str, list[str]] = {}
+    for manifest in run.manifests.values():
+        for package, version in manifest.versions.items():
+            if version not in found.setdefault(package, []):
+                found[package].append(version)
+    return {package: ", then ".join(found[package]) for package in sorted(found)}

@@ -1,0 +1,275 @@
+"""Numbers as readers expect them, and sentences made from numbers.
+
+Digits follow the width of the interval: what the data cannot tell apart is not written. A sentence about a
+difference whose interval includes zero says that no difference was shown.
+"""
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from rlaif.report.charts import short
+from rlaif.report.reading import Difference, Mean, Quality, Rate, Results, RewardEvaluation, WinRate
+
+NONE = "\u2013"
+POLICIES = {"base": "the base model", "sft": "SFT", "ppo": "PPO"}
+SHORT_POLICIES = {"base": "base", "sft": "SFT", "ppo": "PPO"}
+TAGS = {"lookalike": "look-alike"}
+RULES = {"longer": "the longer one", "shorter": "the shorter one", "refusal_words": "the one that refuses"}
+METHODS = {
+    "judge": "the judge\u2019s choice between two sampled answers, asked in both orders",
+    "revision": "the revisions: a revised answer beats the one before it, a plain answer a needless refusal",
+    "contrast": "contrast: an answer written under the constitution beats one written without it",
+    "human": "people",
+}
+# Characters that a screen does not show or that reorder what it shows: controls but tab and line feed, marks
+# of writing direction, separators, zero-width space and byte-order mark, and halves of surrogate pairs.
+_HIDDEN = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]"
+)
+
+
+def visible(text: str) -> str:
+    """Replace control characters by their pictures (U+2400 and on), other hidden ones by their number."""
+    return _HIDDEN.sub(_shown, text)
+
+
+def _shown(match: re.Match[str]) -> str:
+    code = ord(match.group())
+    return chr(0x2400 + code) if code < 0x20 else "\u2421" if code == 0x7F else f"\u27e8U+{code:04X}\u27e9"
+
+
+def policy_name(policy: str) -> str:
+    """Return the name of a policy for tables."""
+    return SHORT_POLICIES.get(policy, policy)
+
+
+def tag_name(tag: str) -> str:
+    """Return the name of a kind of prompts."""
+    return TAGS.get(tag, tag) or "untagged"
+
+
+def in_order(tags: Iterable[str]) -> list[str]:
+    """Sort tags: harmful, ordinary, look-alike, then others by name; ``all`` comes first."""
+    first = ["all", "harmful", "ordinary", "lookalike"]
+    return sorted(tags, key=lambda tag: (first.index(tag) if tag in first else len(first), tag))
+
+
+def known(value: float | None) -> bool:
+    """Tell whether a number is there and finite."""
+    return value is not None and math.isfinite(value)
+
+
+def number(value: float | None) -> str:
+    """Write a number with three significant digits; a dash where there is none."""
+    return short(value) if value is not None and math.isfinite(value) else NONE
+
+
+def count(value: int) -> str:
+    """Write a whole number with thousands separators."""
+    return f"{value:,}"
+
+
+def percent(value: float | None) -> str:
+    """Write a fraction as whole percent."""
+    return f"{value * 100:.0f}\u202f%" if value is not None and math.isfinite(value) else NONE
+
+
+def rate(value: Rate | WinRate | None) -> str:
+    """Write a rate and its interval in percent: ``82 % [76, 87]``."""
+    if value is None or value.rate is None or not known(value.rate):
+        return NONE
+    if value.low is None or value.high is None or not (known(value.low) and known(value.high)):
+        return percent(value.rate)
+    digits = _digits((value.high - value.low) * 100)
+    low, high = _fixed(value.low * 100, digits), _fixed(value.high * 100, digits)
+    return f"{_fixed(value.rate * 100, digits)}\u202f%\u00a0[{low},\u00a0{high}]"
+
+
+def mean(value: Mean | None) -> str:
+    """Write a mean and its interval, with as many digits as the interval supports: ``1.23 [1.10, 1.36]``."""
+    if value is None or value.mean is None or not known(value.mean):
+        return NONE
+    if value.low is None or value.high is None or not (known(value.low) and known(value.high)):
+        return number(value.mean)
+    width = value.high - value.low
+    if width <= 0:
+        return f"{number(value.mean)}\u00a0[{number(value.low)},\u00a0{number(value.high)}]"
+    digits = max(0, 1 - math.floor(math.log10(width)))
+    low, high = _fixed(value.low, digits), _fixed(value.high, digits)
+    return f"{_fixed(value.mean, digits)}\u00a0[{low},\u00a0{high}]"
+
+
+def points(value: Difference) -> str:
+    """Write a difference and its interval in percentage points: ``+68 [60, 76]``."""
+    if value.difference is None or not known(value.difference):
+        return NONE
+    if value.low is None or value.high is None or not (known(value.low) and known(value.high)):
+        return _signed(value.difference * 100, 0)
+    digits = _digits((value.high - value.low) * 100)
+    low, high = _fixed(value.low * 100, digits), _fixed(value.high * 100, digits)
+    return f"{_signed(value.difference * 100, digits)}\u00a0[{low},\u00a0{high}]"
+
+
+def duration(seconds: float | None) -> str:
+    """Write seconds as a reader would say them."""
+    if seconds is None or not known(seconds):
+        return NONE
+    if seconds < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def gib(value: float | None) -> str:
+    """Write gibibytes with as many digits as matter."""
+    return f"{value:.1f} GiB" if value is not None and math.isfinite(value) else NONE
+
+
+def counts(values: dict[str, Any]) -> str:
+    """Write the counts of a manifest in one line; a nested table goes into brackets."""
+    parts = []
+    for key, value in values.items():
+        if isinstance(value, dict):
+            inner = ", ".join(f"{name} {_plain(one)}" for name, one in value.items())
+            if inner:
+                parts.append(f"{key.replace('_', ' ')} ({inner})")
+        else:
+            parts.append(f"{key.replace('_', ' ')} {_plain(value)}")
+    return " \u00b7 ".join(parts)
+
+
+def shown(low: float | None, high: float | None, null: float = 0.0) -> bool | None:
+    """Tell whether an interval excludes a value; None where there is no interval."""
+    if low is None or high is None or not (known(low) and known(high)):
+        return None
+    return not low <= null <= high
+
+
+def findings(results: Results) -> list[str]:
+    """Say in plain sentences what the evaluation showed: refusals first, then the judge's preference.
+
+    The last policy is compared first; every pair of policies that the evaluation compared has its sentences.
+    """
+    refusals = [one for one in results.differences if one.metric == "refusal"]
+    pairs = list(dict.fromkeys((one.policy, one.against) for one in refusals))
+    rank = {policy: place for place, policy in enumerate(results.policies)}
+    pairs.sort(key=lambda pair: (-rank.get(pair[0], -1), rank.get(pair[1], -1)))
+    sentences = []
+    for policy, against in pairs:
+        of_pair = [one for one in refusals if (one.policy, one.against) == (policy, against)]
+        sentences.append(_comparison(results, policy, against, of_pair))
+    return sentences + [_preference(one) for one in results.win_rates]
+
+
+def judge_findings(quality: Quality, *, people: bool = False) -> list[str]:
+    """Say how good the judge is beside chance, how often place decided, and where the labels come from.
+
+    Args:
+        quality: what the label stage measured.
+        people: whether the labels of people were added to those of the method.
+    """
+    source = METHODS.get(quality.labels.method, quality.labels.method)
+    source += " \u2013 and from people" if people and quality.labels.method != "human" else ""
+    if quality.judge is None:
+        return [f"No judge was measured. The labels come from {source}."]
+    tests, same = quality.judge.tests, quality.judge.same_position
+    says = f"On the constitution\u2019s {count(tests.n)} tests the judge was right in {rate(tests)};"
+    says += f" chance is {percent(0.5)}."
+    if shown(tests.low, tests.high, 0.5):
+        above = (tests.rate or 0.0) > 0.5
+        says += f" The interval lies {'above' if above else 'below'} chance."
+    else:
+        says += " The interval includes chance: this judge is not shown to do better than a coin."
+    if quality.min_judge_accuracy is not None and tests.rate is not None:
+        met = "met" if tests.rate >= quality.min_judge_accuracy else "not met"
+        says += f" The recipe\u2019s floor of {percent(quality.min_judge_accuracy)} was {met}."
+    place = quality.judge.same_position_choice
+    which = f", mostly the {place} one" if place else ""
+    swapped = f"With the answers swapped, it named the same place again in {rate(same)} of the tests{which}."
+    own = "come from" if quality.judge_labels else "do not come from this judge but from"
+    return [says, swapped, f"The labels {own} {source}."]
+
+
+def reward_findings(evaluation: RewardEvaluation) -> list[str]:
+    """Say how good the reward model is beside chance, its floor and the best rule that needs no model."""
+    overall = evaluation.heldout.get("all")
+    if overall is None or overall.rate is None:
+        return ["No accuracy on held-out pairs was recorded."]
+    says = f"On {count(overall.n)} held-out pairs the reward model prefers the chosen answer in {rate(overall)}."
+    if not shown(overall.low, overall.high, 0.5):
+        says += " The interval includes chance (50\u202f%): not shown to do better than a coin."
+    sentences = [says]
+    rules = {name: value for name, value in evaluation.baselines.items() if known(value.rate)}
+    if rules:
+        best = max(rules, key=lambda name: rules[name].rate or 0.0)
+        above = overall.low is not None and overall.low > (rules[best].rate or 0.0)
+        lies = "lies above" if above else "does not lie above"
+        rule = RULES.get(best, best.replace("_", " "))
+        sentences.append(
+            f"Its interval {lies} the best simple rule, \u201c{rule}\u201d, at {percent(rules[best].rate)}."
+        )
+    floor = evaluation.min_heldout_accuracy
+    if floor is not None:
+        rates = {tag: value.rate for tag, value in evaluation.heldout.items() if tag != "all"}
+        low = [tag_name(tag) for tag, value in rates.items() if value is not None and value < floor]
+        met = f"missed for {_listed(low)} prompts" if low else "met for every kind of prompts"
+        sentences.append(f"The recipe\u2019s floor of {percent(floor)} was {met}.")
+    return sentences
+
+
+def _comparison(results: Results, policy: str, against: str, differences: Sequence[Difference]) -> str:
+    """Say where one policy refuses more, fewer, or shows no difference."""
+    changed: list[str] = []
+    same: list[str] = []
+    ordered = in_order(one.tag for one in differences)
+    for one in sorted(differences, key=lambda item: ordered.index(item.tag)):
+        rates = [results.metrics[name].refusal.get(one.tag) for name in (policy, against) if name in results.metrics]
+        known_rates = [percent(value.rate) for value in rates if value is not None]
+        against_words = f"{' against '.join(known_rates)}; " if len(known_rates) == 2 else ""
+        detail = f"{tag_name(one.tag)} prompts ({against_words}{points(one)} points)"
+        if not shown(one.low, one.high):
+            same.append(detail)
+        else:
+            changed.append(f"{'more' if (one.difference or 0) > 0 else 'fewer'} {detail}")
+    name, other = POLICIES.get(policy, policy), POLICIES.get(against, against)
+    words = []
+    if changed:
+        words.append(f"Compared with {other}, {name} refuses {_listed(changed)}.")
+    if same:
+        lead = "No difference shown on" if changed else f"Between {name} and {other}, no difference shown on"
+        words.append(f"{lead} {_listed(same)}.")
+    return " ".join(words)
+
+
+def _preference(one: WinRate) -> str:
+    name, other = POLICIES.get(one.policy, one.policy), POLICIES.get(one.against, one.against)
+    pairs = f"{count(one.n)} {'pair' if one.n == 1 else 'pairs'} of answers"
+    says = f"Of {pairs}, the judge prefers {name}\u2019s to {other}\u2019s in {rate(one)}"
+    differs = shown(one.low, one.high, 0.5)
+    if differs is None:
+        return says + "."
+    return says + ("." if differs else ": the interval includes one half, so no preference shown.")
+
+
+def _listed(parts: Sequence[str]) -> str:
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+
+
+def _digits(width: float) -> int:
+    return 0 if width >= 5 else 1
+
+
+def _fixed(value: float, digits: int) -> str:
+    text = f"{value:,.{digits}f}"
+    return text.lstrip("-") if float(text.replace(",", "")) == 0 else text.replace("-", "\u2212")
+
+
+def _signed(value: float, digits: int) -> str:
+    text = _fixed(value, digits)
+    return text if text.startswith("\u2212") or float(text.replace(",", "")) == 0 else f"+{text}"
+
+
+def _plain(value: Any) -> str:
+    return count(value) if isinstance(value, int) else number(value) if isinstance(value, float) else str(value)

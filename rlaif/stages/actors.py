@@ -1,0 +1,133 @@
+"""Who takes part in PPO: the roles on the shared base, and what each says of a batch of responses."""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlaif.errors import StageError
+from rlaif.model import sampling
+from rlaif.model.roles import BASE, SharedBase
+from rlaif.model.sampling import Batch
+from rlaif.recipe import PpoSection
+from rlaif.records import Prompt
+from rlaif.stages.checkpoints import CRITIC, POLICY
+from rlaif.stages.rewards import RewardFunction, call_function, find_function
+from rlaif.stages.run import Run
+
+REFERENCE, REWARD = "reference", "reward"
+
+
+@dataclass
+class Actors:
+    """Who takes part: the shared base with its roles, and what turns a score into a reward."""
+
+    base: SharedBase
+    settings: PpoSection
+    reference: str
+    own_critic: bool  # the critic has an adapter of its own
+    function: RewardFunction | None
+    offset: float = 0.0
+    scale: float = 1.0
+
+
+def assign_roles(run: Run) -> Actors:
+    """Give the roles to the shared base.
+
+    Raises:
+        StageError: the reward model's held-out accuracy is below its floor.
+    """
+    settings = run.recipe.ppo
+    base = run.load_base()
+    has_sft = run.has_output("sft")
+    adapter = run.output("sft", "adapter") if has_sft else None
+    base.add_role(POLICY, trainable=True, adapter=adapter)
+    if has_sft:
+        base.add_role(REFERENCE, adapter=adapter)
+    own_critic = settings.critic == "adapter" or (settings.critic == "auto" and base.device.type == "cuda")
+    actors = Actors(base, settings, REFERENCE if has_sft else BASE, own_critic, None)
+    if settings.reward_function:
+        actors.function = find_function(settings.reward_function)
+    else:
+        measured = json.loads(run.output("reward", "evaluation.json").read_text(encoding="utf-8"))
+        refuse_weak_reward(run, measured)
+        actors.offset, actors.scale = measured["offset"], measured["scale"]
+        base.add_role(REWARD, adapter=run.output("reward", "adapter"))
+    if own_critic and actors.function is None:
+        base.add_role(CRITIC, trainable=True, adapter=run.output("reward", "adapter"))
+    elif own_critic:
+        base.add_role(CRITIC, trainable=True, head=True)
+    else:
+        base.add_head_on(POLICY, CRITIC)
+    return actors
+
+
+def refuse_weak_reward(run: Run, measured: dict[str, Any]) -> None:
+    """Stop where the reward model does not tell better from worse for some kind of prompt."""
+    settings = run.recipe.reward
+    rates = {tag: rate for tag, rate in measured["heldout"].items() if tag != "all"} or measured["heldout"]
+    weak = [
+        f"{tag}: {rate['count']} of {rate['n']} pairs right ({rate['rate']:.0%}, 95 % interval {rate['low']:.0%} to "
+        f"{rate['high']:.0%})"
+        for tag, rate in rates.items()
+        if rate["rate"] < settings.min_heldout_accuracy
+    ]
+    if not weak:
+        return
+    floor = f"{settings.min_heldout_accuracy:.0%}"
+    found = f"the reward model is below reward.min_heldout_accuracy {floor} on {'; '.join(weak)}"
+    if settings.allow_weak_reward:
+        run.progress.say(f"  warning: {found}. Going on, because reward.allow_weak_reward is set.")
+        return
+    raise StageError(
+        f"ppo: {found}. Optimization would follow its mistakes. Label more pairs of that kind, train longer, look at "
+        "the pairs in 3-label/comparisons.jsonl; or set reward.allow_weak_reward: true."
+    )
+
+
+@torch.no_grad()
+def score(actors: Actors, rows: list[Prompt], responses: list[str], batch: Batch) -> Tensor:
+    """Return the raw score of each response, ``[B]``: the reward role's, or a function's."""
+    if actors.function is not None:
+        name = actors.settings.reward_function or ""
+        columns = {"tag": [row.tag for row in rows], "id": [row.id for row in rows]}
+        values = call_function(name, actors.function, [row.prompt for row in rows], responses, **columns)
+        return torch.tensor(values, device=actors.base.device)
+    with actors.base.acting_as(REWARD):
+        parts = [sampling.scores(actors.base, REWARD, part) for part in in_microbatches(batch, actors.settings)]
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def judge_tokens(actors: Actors, role: str, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Return the response tokens' log-probabilities and, for the policy, the critic's values, ``[B, T]``."""
+    base = actors.base
+    logprobs, values = [], []
+    for part in in_microbatches(batch, actors.settings):
+        with base.acting_as(role):
+            hidden = sampling.hidden_states(base, part)
+            logits = sampling.response_logits(base, part, hidden, actors.settings.sampling.temperature)
+            logprobs.append(sampling.token_logprobs(logits, part.response_ids) * part.response_mask)
+            if role == POLICY and not actors.own_critic:
+                values.append(critic_values(actors, part, hidden))
+        if role == POLICY and actors.own_critic:
+            with base.acting_as(CRITIC):
+                values.append(critic_values(actors, part, sampling.hidden_states(base, part)))
+    return torch.cat(logprobs), torch.cat(values) if values else torch.empty(0)
+
+
+def critic_values(actors: Actors, batch: Batch, hidden: Tensor) -> Tensor:
+    """Return the value of the state before each response token, ``[B, T]``, on the scale of the rewards."""
+    length = batch.response_ids.shape[1]
+    values = actors.base.head(CRITIC, hidden[:, -length - 1 : -1])
+    if actors.own_critic:
+        values = (values - actors.offset) / actors.scale
+    return values * batch.response_mask
+
+
+def in_microbatches(batch: Batch, settings: PpoSection) -> list[Batch]:
+    """Split a batch into the microbatches that an unshuffled epoch visits."""
+    size = settings.microbatch
+    return [Batch(*(part[start : start + size] for part in batch)) for start in range(0, len(batch.ids), size)]

@@ -1,0 +1,72 @@
+"""PPO's checkpoints: weights and moments as safetensors, counters as JSON, nothing pickled.
+
+Everything random in PPO is a function of (seed, update), so there are no random states to keep: a run stopped after an
+update and resumed is the run that was not stopped.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from rlaif import files
+from rlaif.maths.kl import AdaptiveKl, FixedKl
+from rlaif.model.roles import SharedBase
+from rlaif.records import read_jsonl
+from rlaif.stages.run import Run
+from rlaif.stages.training import CHECKPOINTS, resume_point
+
+STAGE = "ppo"
+POLICY, CRITIC = "policy", "critic"
+SAMPLES = "samples.jsonl"
+_KEPT = 2
+Kl = AdaptiveKl | FixedKl
+
+
+def save(run: Run, base: SharedBase, optimizer: torch.optim.Optimizer, kl: Kl, update: int) -> None:
+    """Write a checkpoint after an update and drop all but the newest two."""
+    parent = run.stage_folder(STAGE) / CHECKPOINTS
+    tensors: dict[str, Tensor] = {}
+    for role in (POLICY, CRITIC):
+        for name, parameter in base.named_parameters_of(role):
+            tensors[f"weight/{name}"] = parameter.detach().cpu().contiguous()
+            for key, value in optimizer.state[parameter].items():
+                tensors[f"{key}/{name}"] = value.detach().cpu().contiguous()
+    with files.fresh_folder(parent / f"checkpoint-{update}") as fresh:
+        save_file(tensors, fresh / "state.safetensors")
+        (fresh / "counters.json").write_text(json.dumps({"update": update, "kl": kl.state_dict()}))
+        files.mark_complete(fresh)
+    for old in sorted(parent.glob("checkpoint-*"), key=_number)[:-_KEPT]:
+        files.remove_folder(old)
+
+
+def _number(folder: Path) -> int:
+    return int(folder.name.rsplit("-", 1)[1])
+
+
+def restore(run: Run, base: SharedBase, optimizer: torch.optim.Optimizer, kl: Kl) -> int:
+    """Load the newest complete checkpoint, if there is one; return how many updates are done."""
+    folder = run.stage_folder(STAGE)
+    checkpoint = resume_point(run, folder)
+    samples = folder / SAMPLES
+    kept: list[dict[str, Any]] = []
+    if checkpoint and samples.exists():
+        files.repair_jsonl(samples)
+        step = _number(Path(checkpoint))
+        kept = [row for _, row in read_jsonl(samples) if row["step"] <= step]
+    files.write_jsonl(samples, kept)
+    if checkpoint is None:
+        return 0
+    tensors = load_file(Path(checkpoint) / "state.safetensors", device=str(base.device))
+    for role in (POLICY, CRITIC):
+        for name, parameter in base.named_parameters_of(role):
+            with torch.no_grad():
+                parameter.copy_(tensors.pop(f"weight/{name}"))
+            moments = {key: tensors.pop(f"{key}/{name}") for key in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[parameter] = {"step": tensors.pop(f"step/{name}").cpu(), **moments}
+    counters = json.loads((Path(checkpoint) / "counters.json").read_text(encoding="utf-8"))
+    kl.load_state_dict(counters["kl"])
+    return int(counters["update"])

@@ -1,0 +1,270 @@
+"""Stage `evaluate`: base, SFT and PPO policies on prompts that nothing was trained on.
+
+For each policy: refusals by tag, the reward score, the KL to the reference on its own responses, length; between
+policies: paired differences of refusal rates, and win rates by the judge, asked in both orders. Every figure has a 95 %
+interval.
+
+Writes ``results.json`` and ``responses.jsonl``.
+"""
+
+import itertools
+import json
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from rlaif import files, filters
+from rlaif.engines.engine import ask
+from rlaif.engines.local import LocalEngine
+from rlaif.maths import agreement
+from rlaif.model import sampling
+from rlaif.model.roles import BASE, SharedBase
+from rlaif.records import Prompt
+from rlaif.stages.judge import Pair, judge
+from rlaif.stages.revise import question
+from rlaif.stages.rewards import call_function, find_function
+from rlaif.stages.run import Run, path_sha256, templates
+
+NAME = "evaluate"
+REWARD = "reward"
+_MICROBATCH = 8
+_SAMPLES_PER_TAG = 5
+
+
+class Response(NamedTuple):
+    """One policy's answer to one prompt, measured."""
+
+    prompt: Prompt
+    text: str
+    ended: bool
+    tokens: int
+    refused: bool
+    score: float | None
+    kl: float  # nats, to the reference
+
+
+def adapters(run: Run) -> dict[str, Any]:
+    """Return the adapter folder of each policy; the base has none."""
+    result: dict[str, Any] = {BASE: None}
+    if "sft" in run.recipe.stages:
+        result["sft"] = run.output("sft", "adapter")
+    if "ppo" in run.recipe.stages:
+        result["ppo"] = run.output("ppo", "policy")
+    return result
+
+
+def inputs(run: Run) -> dict[str, str]:
+    """Return what this stage's result depends on."""
+    settings = run.recipe.evaluate
+    return run.inputs(
+        settings,
+        files={
+            "sft": run.stage_folder("sft") / "adapter",
+            "ppo": run.stage_folder("ppo") / "policy",
+            "reward": run.stage_folder("reward") / "adapter",
+        },
+        constitution=run.constitution.hash_of("principles", "comparisons"),
+        judge=[run.recipe.label.few_shot, run.recipe.label.debias],
+        reward_function=run.recipe.ppo.reward_function,
+        prompts=run.prompts_hash(run.select("eval", settings.prompts_per_tag)),
+        templates=[templates("compare")["compare"].hash],
+    )
+
+
+def evaluate(run: Run) -> dict[str, Any]:
+    """Run the stage; return the counts for its manifest."""
+    settings, folder = run.recipe.evaluate, run.stage_folder(NAME)
+    prompts = run.select("eval", settings.prompts_per_tag)
+    base = run.load_base()
+    policies = adapters(run)
+    for name, adapter in policies.items():
+        if adapter is not None:
+            base.add_role(name, adapter=adapter)
+    if run.has_output("reward"):
+        base.add_role(REWARD, adapter=run.output("reward", "adapter"))
+    reference = "sft" if "sft" in policies else BASE
+    responses = {name: respond_as(run, base, name, adapter, prompts, reference) for name, adapter in policies.items()}
+    result = {
+        "policies": list(policies),
+        "reference": reference,
+        "prompts": dict(Counter(prompt.tag for prompt in prompts)),
+        "metrics": {name: metrics(rows) for name, rows in responses.items()},
+        "differences": differences(responses),
+        "win_rates": win_rates(run, base, responses) if settings.judge_prompts_per_tag else [],
+        "samples": samples(responses),
+    }
+    files.write_json(folder / "results.json", result)
+    files.write_jsonl(
+        folder / "responses.jsonl",
+        [
+            {"policy": name, "prompt_id": row.prompt.id, "tag": row.prompt.tag, "prompt": row.prompt.prompt}
+            | {key: getattr(row, key) for key in Response._fields[1:]}
+            for name, rows in responses.items()
+            for row in rows
+        ],
+    )
+    return {
+        "prompts": len(prompts),
+        "policies": len(policies),
+        "responses": sum(map(len, responses.values())),
+    }
+
+
+def respond_as(
+    run: Run, base: SharedBase, role: str, adapter: Any, prompts: Sequence[Prompt], reference: str
+) -> list[Response]:
+    """Let one policy answer all prompts, and measure its answers."""
+    settings = run.recipe.evaluate
+    identity = path_sha256(adapter) if adapter is not None else ""
+    engine = LocalEngine(base, role, batch_size=settings.batch_size, adapter=identity)
+    questions = [question(run, f"{prompt.id}/eval", prompt.messages, settings.sampling) for prompt in prompts]
+    answers = list(ask(run.journal, NAME, engine, questions, run.progress, f"responses of {role}"))
+    texts = [answer.text for answer in answers]
+    encoded = [
+        (base.tokenizer.prompt(prompt.messages), base.tokenizer.response(answer.text, ended=answer.ended))
+        for prompt, answer in zip(prompts, answers, strict=True)
+    ]
+    scores, divergences = score_and_kl(run, base, role, reference, prompts, texts, encoded)
+    return [
+        Response(prompt, answer.text, answer.ended, answer.tokens, filters.is_refusal(answer.text), score, kl)
+        for prompt, answer, score, kl in zip(prompts, answers, scores, divergences, strict=True)
+    ]
+
+
+@torch.no_grad()
+def score_and_kl(
+    run: Run,
+    base: SharedBase,
+    role: str,
+    reference: str,
+    prompts: Sequence[Prompt],
+    texts: Sequence[str],
+    encoded: Sequence[tuple[list[int], list[int]]],
+) -> tuple[list[float | None], list[float]]:
+    """Return each response's score on PPO's scale (None without a reward) and its log-ratio to the reference."""
+    scores: list[float | None] = [None] * len(texts)
+    kls = [0.0] * len(texts)
+    name = run.recipe.ppo.reward_function if "ppo" in run.recipe.stages else None
+    measured = None
+    if name:
+        found = find_function(name)
+        columns = {"tag": [prompt.tag for prompt in prompts], "id": [prompt.id for prompt in prompts]}
+        scores = list(call_function(name, found, [prompt.prompt for prompt in prompts], texts, **columns))
+    elif REWARD in base.heads:
+        measured = json.loads(run.output("reward", "evaluation.json").read_text(encoding="utf-8"))
+    with run.progress.task(f"scores of {role}", len(texts)) as task:
+        for rows in sampling.batches_by_length([len(p) + len(r) for p, r in encoded], _MICROBATCH):
+            pairs = [(encoded[row][0], encoded[row][1] or [base.tokenizer.end_of_turn]) for row in rows]
+            batch = sampling.pack(base, *zip(*pairs, strict=True))
+            if measured is not None:
+                with base.acting_as(REWARD):
+                    values = (sampling.scores(base, REWARD, batch) - measured["offset"]) / measured["scale"]
+                for row, value in zip(rows, values.tolist(), strict=True):
+                    scores[row] = value
+            if role != reference:
+                ratio = response_logprob(base, role, batch) - response_logprob(base, reference, batch)
+                for row, value in zip(rows, ratio.tolist(), strict=True):
+                    kls[row] = value
+            task.advance(len(rows))
+    return scores, kls
+
+
+def response_logprob(base: SharedBase, role: str, batch: sampling.Batch) -> torch.Tensor:
+    """Return the log-probability of each whole response under a role at temperature 1, ``[B]``."""
+    with base.acting_as(role):
+        logits = sampling.response_logits(base, batch, sampling.hidden_states(base, batch))
+    return (sampling.token_logprobs(logits, batch.response_ids) * batch.response_mask).sum(1)
+
+
+def metrics(rows: Sequence[Response]) -> dict[str, Any]:
+    """Return one policy's figures with intervals."""
+    tags = sorted({row.prompt.tag for row in rows})
+    by_tag = {tag: [row for row in rows if row.prompt.tag == tag] for tag in tags}
+    scored = [row for row in rows if row.score is not None]
+    return {
+        "refusal": {tag: rate([row.refused for row in group]) for tag, group in by_tag.items()},
+        "score": {
+            tag: agreement.mean_interval([row.score or 0.0 for row in group])._asdict()
+            for tag, group in {"all": scored, **by_tag}.items()
+        }
+        if scored
+        else None,
+        "kl_to_reference": agreement.mean_interval([row.kl for row in rows])._asdict(),
+        "response_tokens": agreement.mean_interval([float(row.tokens) for row in rows])._asdict(),
+        "ended": rate([row.ended for row in rows]),
+    }
+
+
+def rate(flags: Sequence[bool]) -> dict[str, Any]:
+    """Return a share with its Wilson interval."""
+    return agreement.wilson(sum(flags), len(flags))._asdict()
+
+
+def differences(responses: dict[str, list[Response]]) -> list[dict[str, Any]]:
+    """Return paired differences of refusal rates between policies, by tag."""
+    result = []
+    for against, policy in itertools.combinations(responses, 2):
+        for tag in sorted({row.prompt.tag for row in responses[policy]}):
+            ours, theirs = (
+                [float(row.refused) for row in responses[name] if row.prompt.tag == tag] for name in (policy, against)
+            )
+            found = agreement.paired_bootstrap(ours, theirs)
+            head = {"policy": policy, "against": against, "metric": "refusal", "tag": tag, "n": len(ours)}
+            result.append(head | found._asdict())
+    return result
+
+
+def win_rates(run: Run, base: SharedBase, responses: dict[str, list[Response]]) -> list[dict[str, Any]]:
+    """Let the judge compare policies on some prompts of each tag; equal answers are ties."""
+    engine = LocalEngine(base, BASE, batch_size=run.recipe.evaluate.batch_size)
+    limit = run.recipe.evaluate.judge_prompts_per_tag
+    result = []
+    for against, policy in itertools.combinations(responses, 2):
+        seen: Counter[str] = Counter()
+        pairs: list[Pair] = []
+        equal = 0
+        for ours, theirs in zip(responses[policy], responses[against], strict=True):
+            seen[ours.prompt.tag] += 1
+            if seen[ours.prompt.tag] > limit:
+                continue
+            if ours.text == theirs.text:
+                equal += 1
+                continue
+            prompt = ours.prompt
+            principle = run.principle_for(prompt)
+            pairs.append(Pair(f"{prompt.id}/{policy}-{against}", prompt.prompt, ours.text, theirs.text, principle))
+        verdicts = judge(run, NAME, engine, pairs, f"judge: {policy} against {against}")
+        wins = sum(verdict.strength > 0 for verdict in verdicts)
+        losses = sum(verdict.strength < 0 for verdict in verdicts)
+        n = len(pairs) + equal
+        result.append(
+            {"policy": policy, "against": against, "wins": wins, "losses": losses, "ties": n - wins - losses}
+            | agreement.win_rate(wins, n - wins - losses, n)._asdict()
+            | {"same_position": rate([verdict.same_position for verdict in verdicts]) if verdicts else None}
+        )
+    return result
+
+
+def samples(responses: dict[str, list[Response]]) -> list[dict[str, Any]]:
+    """Return a few prompts of each tag with every policy's answer, for the report."""
+    result = []
+    seen: Counter[str] = Counter()
+    for rows in zip(*responses.values(), strict=True):
+        prompt = rows[0].prompt
+        seen[prompt.tag] += 1
+        if seen[prompt.tag] > _SAMPLES_PER_TAG:
+            continue
+        by_policy = dict(zip(responses, rows, strict=True))
+        result.append(
+            {
+                "prompt_id": prompt.id,
+                "prompt": prompt.prompt,
+                "tag": prompt.tag,
+                "responses": {name: row.text for name, row in by_policy.items()},
+                "scores": {name: row.score for name, row in by_policy.items()},
+                "refused": {name: row.refused for name, row in by_policy.items()},
+            }
+        )
+    return result

@@ -1,0 +1,145 @@
+"""The judge: which of two answers is better under a principle, from the log-probabilities of the option letters.
+
+Every pair is shown in both orders. With ``s`` for strength and ``b`` for position bias, the judge's logit for the
+answer shown first is ``s + b`` in one order and ``-s + b`` in the other; averaging removes ``b`` (Lee et al. 2023,
+arXiv 2309.00267, section 2.2, who average probabilities; averaging logits recovers ``s`` exactly).
+"""
+
+import statistics
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from rlaif.constitution import Principle
+from rlaif.documents import canonical_json
+from rlaif.engines.engine import Engine, Question, ask
+from rlaif.maths import agreement
+from rlaif.records import Messages, assistant
+from rlaif.stages.run import Run, templates
+
+OPTIONS = ("A", "B")
+
+
+class Pair(NamedTuple):
+    """Two answers to one prompt and the principle they are compared under."""
+
+    id: str
+    prompt: str
+    first: str
+    second: str
+    principle: Principle
+
+
+class Verdict(NamedTuple):
+    """What the judge said of a pair, in both orders."""
+
+    preference: float  # P(first is better)
+    strength: float  # logits in favour of `first`
+    bias: float  # logits in favour of whatever is shown first
+    mass: float  # probability on the two option letters, mean over both orders
+    logits: tuple[float, float]  # of the answer shown first, in both orders
+
+    @property
+    def same_position(self) -> bool:
+        """Whether the same position won in both orders."""
+        return self.logits[0] * self.logits[1] > 0
+
+
+def judge(run: Run, stage: str, engine: Engine, pairs: Sequence[Pair], title: str) -> list[Verdict]:
+    """Ask for each pair in both orders."""
+    shown = worked_comparisons(run)
+    questions = [
+        Question(
+            item_id=f"{pair.id}/{order}",
+            messages=[*shown, {"role": "user", "content": _request(pair, swapped=order == "swapped")}],
+            options=OPTIONS,
+        )
+        for pair in pairs
+        for order in ("given", "swapped")
+    ]
+    answers = list(ask(run.journal, stage, engine, questions, run.progress, title))
+    return [
+        _verdict(answers[index].logprobs, answers[index + 1].logprobs, run.recipe.label.debias)
+        for index in range(0, len(answers), 2)
+    ]
+
+
+def worked_comparisons(run: Run) -> Messages:
+    """Return the constitution's worked comparisons as turns, as many as the recipe shows to the judge."""
+    turns: Messages = []
+    question = run.constitution.principles[0].comparison_question()
+    template = templates("compare")["compare"]
+    for example in run.constitution.comparisons[: run.recipe.label.few_shot]:
+        text = template.render(prompt=example.prompt, first=example.first, second=example.second, question=question)
+        turns += [{"role": "user", "content": text}, *assistant(OPTIONS[example.better == "second"])]
+    return turns
+
+
+def _request(pair: Pair, *, swapped: bool) -> str:
+    first, second = (pair.second, pair.first) if swapped else (pair.first, pair.second)
+    return templates("compare")["compare"].render(
+        prompt=pair.prompt, first=first, second=second, question=pair.principle.comparison_question()
+    )
+
+
+def _verdict(given: Sequence[float], swapped: Sequence[float], space: str) -> Verdict:
+    import math
+
+    logits = (given[0] - given[1], swapped[0] - swapped[1])
+    both = agreement.both_orders(*logits, space="logit" if space == "logit" else "probability")
+    mass = statistics.fmean(sum(map(math.exp, row)) for row in (given, swapped))
+    return Verdict(both.preference, both.strength, both.bias, mass, logits)
+
+
+def measure(run: Run, stage: str, engine: Engine) -> dict[str, Any] | None:
+    """Run the judge on the constitution's tests; None where there are none.
+
+    Which side of a test is shown first in the given order alternates, and both orders are asked anyway.
+    """
+    tests = run.constitution.tests
+    if not tests:
+        return None
+    pairs = []
+    for index, test in enumerate(tests):
+        principle = run.constitution.principle(test.principle) if test.principle else run.constitution.principles[0]
+        pairs.append(Pair(f"test-{index}", test.prompt, test.better, test.worse, principle))
+    verdicts = judge(run, stage, engine, pairs, "judge on the constitution's tests")
+    right = [verdict.strength > 0 for verdict in verdicts]
+    return {
+        "model": run.recipe.model.model_name_or_path,
+        "method": "logprobs",
+        "identity": canonical_json(engine.identity),
+        "tests": {
+            **agreement.wilson(sum(right), len(right))._asdict(),
+            "correct": sum(right),
+            "interval": "Wilson 95 %",
+        },
+        **positions(verdicts),
+        "mean_abs_bias": statistics.fmean(abs(verdict.bias) for verdict in verdicts),
+        "median_abs_strength": statistics.median(abs(verdict.strength) for verdict in verdicts),
+        "option_mass": {
+            "mean": statistics.fmean(verdict.mass for verdict in verdicts),
+            "min": min(verdict.mass for verdict in verdicts),
+        },
+        "by_test": [
+            {
+                "prompt": test.prompt,
+                "better": test.better,
+                "worse": test.worse,
+                "principle": test.principle,
+                "strength": verdict.strength,
+                "bias": verdict.bias,
+                "correct": verdict.strength > 0,
+            }
+            for test, verdict in zip(tests, verdicts, strict=True)
+        ],
+    }
+
+
+def positions(verdicts: Sequence[Verdict]) -> dict[str, Any]:
+    """Return how often the same position won in both orders, and which one it mostly was."""
+    same = [verdict for verdict in verdicts if verdict.same_position]
+    first = sum(verdict.logits[0] > 0 for verdict in same)
+    return {
+        "same_position": agreement.wilson(len(same), len(verdicts))._asdict(),
+        "same_position_choice": None if not same else "first" if 2 * first >= len(same) else "second",
+    }

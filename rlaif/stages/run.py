@@ -1,0 +1,161 @@
+"""What every stage is given: the recipe, the run folder, the journal, the constitution and the prompts."""
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from rlaif import constitution as constitutions
+from rlaif.constitution import Constitution, Principle, draw
+from rlaif.documents import file_sha256, fingerprint
+from rlaif.errors import DataError, StageError
+from rlaif.journal import Journal
+from rlaif.model.roles import SharedBase
+from rlaif.progress import Progress
+from rlaif.prompting import Template, load_template
+from rlaif.recipe import STAGES, Loaded, Recipe
+from rlaif.records import Prompt, Split, read_rows
+
+# Keys that decide whether or how a stage goes on, never what it writes: changing one repeats no work.
+_NOT_DETERMINING = {
+    "allow_weak_judge",
+    "allow_weak_reward",
+    "min_heldout_accuracy",
+    "min_judge_accuracy",
+    "report_to",
+    "save_steps",
+    "save_every_updates",
+}
+
+
+@dataclass
+class Run:
+    """One run: its recipe, folder, journal and progress."""
+
+    loaded: Loaded
+    folder: Path
+    journal: Journal
+    progress: Progress
+
+    @property
+    def recipe(self) -> Recipe:
+        """The checked recipe."""
+        return self.loaded.recipe
+
+    @cached_property
+    def constitution(self) -> Constitution:
+        """The constitution that the recipe names."""
+        return constitutions.load(self.loaded.constitution)
+
+    @cached_property
+    def prompts(self) -> list[Prompt]:
+        """All prompts of the recipe's prompt sets, in file order.
+
+        Raises:
+            DataError: a broken row, or an id or a prompt that stands in two files.
+        """
+        rows: list[Prompt] = []
+        origin: dict[str, Path] = {}
+        for path in self.loaded.prompts:
+            for row in read_rows(path, Prompt):
+                if row.id in origin:
+                    raise DataError(f"{path}: the prompt id `{row.id}` stands already in {origin[row.id]}.")
+                origin[row.id] = path
+                rows.append(row)
+        return rows
+
+    def select(self, split: Split, per_tag: dict[str, int]) -> list[Prompt]:
+        """Return a split's prompts: the first so many of each named tag, or all where no tag is named.
+
+        Raises:
+            DataError: the prompt sets hold fewer of a tag than asked for.
+        """
+        rows = [row for row in self.prompts if row.split == split]
+        if per_tag:
+            by_tag = {tag: [row for row in rows if row.tag == tag][:count] for tag, count in per_tag.items()}
+            for tag, count in per_tag.items():
+                if len(by_tag[tag]) < count:
+                    raise DataError(
+                        f"prompts_per_tag.{tag}: {count} asked for; the prompt sets hold {len(by_tag[tag])} with this "
+                        f"tag and the split `{split}`. Ask for fewer, or add prompts."
+                    )
+            rows = [row for tag in per_tag for row in by_tag[tag]]
+        if not rows:
+            raise DataError(f"the prompt sets hold no prompts of the split `{split}`.")
+        return rows
+
+    def principle_for(self, prompt: Prompt, step: int = 0, *, tag: str = "") -> Principle:
+        """Draw the principle for one step of a prompt; with `tag`, as if the prompt had this tag and no category."""
+        return draw(
+            self.constitution,
+            seed=self.recipe.seed,
+            prompt_id=prompt.id,
+            step=step,
+            tag=tag or prompt.tag,
+            category="" if tag else prompt.category,
+        )
+
+    def stage_folder(self, stage: str) -> Path:
+        """Return a stage's folder, such as ``1-revise``."""
+        return self.folder / f"{STAGES.index(stage) + 1}-{stage}"
+
+    def output(self, stage: str, name: str) -> Path:
+        """Return a file or folder that an earlier stage wrote.
+
+        Raises:
+            StageError: it is not there.
+        """
+        path = self.stage_folder(stage) / name
+        if not path.exists():
+            raise StageError(f"{path}: not there yet. Run the stage `{stage}` first: rlaif {stage} {self.loaded.path}")
+        return path
+
+    def has_output(self, stage: str) -> bool:
+        """Tell whether the recipe has this stage and it has finished."""
+        return stage in self.recipe.stages and (self.stage_folder(stage) / "manifest.json").is_file()
+
+    def load_base(self) -> SharedBase:
+        """Load the base model afresh: each stage adds its own roles to it."""
+        import torch
+
+        torch.manual_seed(self.recipe.seed)
+        return SharedBase.load(self.recipe.model)
+
+    def seed(self, *parts: str | int) -> int:
+        """Return a seed that depends on the run's seed and on what it is for, and on nothing else."""
+        digest = hashlib.sha256(repr((self.recipe.seed, *parts)).encode()).digest()
+        return int.from_bytes(digest[:8], "big") >> 1
+
+    # --- what a stage's result depends on ---------------------------------------------------------------------
+
+    def inputs(self, *sections: BaseModel, files: dict[str, Path] | None = None, **named: Any) -> dict[str, str]:
+        """Return fingerprints of all that a stage's result depends on, by name."""
+        result = {"seed": str(self.recipe.seed), "model": fingerprint(self.recipe.model.model_dump())}
+        for section in sections:
+            content = section.model_dump(exclude=_NOT_DETERMINING)
+            result[f"recipe.{type(section).__name__.removesuffix('Section').lower()}"] = fingerprint(content)
+        result |= {name: fingerprint(value) for name, value in named.items()}
+        result |= {name: path_sha256(path) for name, path in (files or {}).items()}
+        return result
+
+    def prompts_hash(self, prompts: list[Prompt]) -> str:
+        """Return the fingerprint of a selection of prompts."""
+        return fingerprint([prompt.model_dump() for prompt in prompts])
+
+
+def path_sha256(path: Path) -> str:
+    """Hash a file, or a folder's safetensors and JSON files by name and content; ``absent`` where there is none."""
+    if path.is_file():
+        return file_sha256(path)
+    if not path.is_dir():
+        return "absent"
+    files = sorted(file for suffix in ("*.safetensors", "adapter_config.json") for file in path.glob(suffix))
+    return fingerprint({file.name: file_sha256(file) for file in files})
+
+
+def templates(*names: str) -> dict[str, Template]:
+    """Load prompt templates by name."""
+    return {name: load_template(name) for name in names}

@@ -1,0 +1,105 @@
+"""Stage `sft`: supervised fine-tuning of a LoRA adapter on the demonstrations, with TRL's `SFTTrainer`.
+
+Only the tokens of the answer are learned. An answer that ended by itself, or was trimmed to whole sentences, is closed
+by the token that ends a turn; the loss is the mean over all answer tokens of a batch.
+
+Writes ``adapter/`` (a plain PEFT folder) and ``metrics.jsonl``.
+"""
+
+import hashlib
+from typing import Any
+
+import torch
+from datasets import Dataset, disable_progress_bars
+from transformers import PrinterCallback
+from trl import SFTConfig, SFTTrainer
+
+from rlaif.errors import DataError
+from rlaif.model.roles import SharedBase
+from rlaif.records import Demonstration, read_rows, text_of
+from rlaif.stages.run import Run
+from rlaif.stages.training import Recorder, arguments, last_metrics, resume_point, steps_of
+
+NAME = "sft"
+ROLE = "policy"
+
+
+def inputs(run: Run) -> dict[str, str]:
+    """Return what this stage's result depends on."""
+    path = run.stage_folder("revise") / "demonstrations.jsonl"
+    return run.inputs(run.recipe.sft, files={"demonstrations": path})
+
+
+def sft(run: Run) -> dict[str, Any]:
+    """Run the stage; return the counts for its manifest."""
+    settings, folder = run.recipe.sft, run.stage_folder(NAME)
+    path = run.output("revise", "demonstrations.jsonl")
+    if not path.stat().st_size:
+        raise DataError(
+            f"{path}: no demonstration; every answer was set aside. Read {path.parent / 'quarantine.jsonl'} for the "
+            "reasons; raise revise.sampling.max_new_tokens, use more prompts or a stronger model, or fewer filters."
+        )
+    rows = read_rows(path, Demonstration)
+    base = run.load_base()
+    base.add_role(ROLE, trainable=True)
+    encoded = [(row, encode(base, row)) for row in rows]
+    short = [pair for pair in encoded if len(pair[1]["input_ids"]) <= settings.max_length]
+    heldout = [e for row, e in short if _held_out(row, settings.heldout_fraction)]
+    train = [e for row, e in short if not _held_out(row, settings.heldout_fraction)]
+    if not train:
+        raise DataError(f"{folder}: no demonstration is left to train on; {len(rows)} rows, {len(heldout)} held out.")
+    steps = steps_of(settings, len(train))
+    checkpoint = resume_point(run, folder)
+    with run.progress.task("training", steps) as task, base.acting_as(ROLE, training=True):
+        trainer = _trainer(run, base, train, heldout, Recorder(folder, NAME, task))
+        if checkpoint is None and heldout:
+            trainer.evaluate()
+        trainer.train(resume_from_checkpoint=checkpoint)
+        if heldout:
+            trainer.evaluate()
+    base.save_role(ROLE, folder / "adapter")
+    last = last_metrics(folder)
+    return {
+        "demonstrations": len(rows),
+        "too_long": len(rows) - len(short),
+        "train": len(train),
+        "heldout": len(heldout),
+        "steps": steps,
+        "heldout_loss": last.get("sft/heldout_loss"),
+    }
+
+
+def encode(base: SharedBase, row: Demonstration) -> dict[str, list[int]]:
+    """Encode a demonstration; only the answer's tokens carry labels."""
+    prompt = base.tokenizer.prompt(row.prompt)
+    answer = base.tokenizer.response(text_of(row.completion))
+    return {"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer}
+
+
+def _held_out(row: Demonstration, fraction: float) -> bool:
+    """Choose held-out rows by their prompt, so that two revisions of one answer stay on one side."""
+    digest = hashlib.sha256(f"heldout/{text_of(row.prompt)}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64 < fraction
+
+
+def _trainer(run: Run, base: SharedBase, train: list[Any], heldout: list[Any], recorder: Recorder) -> SFTTrainer:
+    settings = run.recipe.sft
+    disable_progress_bars()
+    config = SFTConfig(
+        **arguments(run, settings, run.stage_folder(NAME)),
+        max_length=settings.max_length,
+        loss_type="nll",
+        eval_strategy="no",
+    )
+    trainer = SFTTrainer(
+        model=base.peft,
+        args=config,
+        train_dataset=Dataset.from_list(train),
+        eval_dataset=Dataset.from_list(heldout) if heldout else None,
+        processing_class=base.tokenizer.raw,
+        callbacks=[recorder],
+    )
+    trainer.remove_callback(PrinterCallback)
+    for _, parameter in base.named_parameters_of(ROLE):
+        parameter.data = parameter.data.to(torch.float32)  # on a quantized base SFTTrainer casts them to bf16
+    return trainer

@@ -1,0 +1,116 @@
+"""What the stages that train with `transformers.Trainer` share: arguments, checkpoints that are complete, metrics."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import set_seed
+
+from rlaif import files
+from rlaif.progress import Task
+from rlaif.recipe import TrainingSection
+from rlaif.records import read_jsonl
+from rlaif.stages.run import Run
+
+METRICS = "metrics.jsonl"
+CHECKPOINTS = "checkpoints"
+
+
+def arguments(run: Run, settings: TrainingSection, folder: Path) -> dict[str, Any]:
+    """Return the keyword arguments of `TrainingArguments` for one stage of a run."""
+    set_seed(run.recipe.seed)
+    return {
+        "output_dir": str(folder / CHECKPOINTS),
+        "seed": run.recipe.seed,
+        "num_train_epochs": settings.num_train_epochs,
+        "max_steps": settings.max_steps,
+        "per_device_train_batch_size": settings.per_device_train_batch_size,
+        "per_device_eval_batch_size": settings.per_device_train_batch_size,
+        "gradient_accumulation_steps": settings.gradient_accumulation_steps,
+        "learning_rate": settings.learning_rate,
+        "lr_scheduler_type": settings.lr_scheduler_type,
+        "warmup_steps": settings.warmup_steps,
+        "weight_decay": settings.weight_decay,
+        "max_grad_norm": settings.max_grad_norm,
+        "logging_steps": settings.logging_steps,
+        "logging_strategy": "steps",
+        "save_strategy": "steps",
+        "save_steps": settings.save_steps,
+        "save_total_limit": 2,
+        "report_to": settings.report_to,
+        "bf16": False,
+        "fp16": False,
+        "gradient_checkpointing": False,  # switched on at the shared base, for all roles
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "remove_unused_columns": False,
+        "disable_tqdm": True,
+    }
+
+
+def resume_point(run: Run, folder: Path) -> str | None:
+    """Return the newest complete checkpoint and cut the metrics back to its step, or start the metrics anew."""
+    checkpoint = files.newest_complete(folder / CHECKPOINTS, "checkpoint-*")
+    step = int(checkpoint.name.rsplit("-", 1)[1]) if checkpoint else 0
+    path = folder / METRICS
+    if path.exists():
+        files.repair_jsonl(path)
+    rows = [row for _, row in read_jsonl(path)] if path.exists() else []
+    files.write_jsonl(path, [row for row in rows if row["step"] <= step] if checkpoint else [])
+    if checkpoint:
+        run.progress.say(f"  continuing after step {step}")
+    return str(checkpoint) if checkpoint else None
+
+
+class Recorder(TrainerCallback):  # type: ignore[misc]
+    """Writes metrics as rows of ``metrics.jsonl``, marks checkpoints complete and moves the progress bar."""
+
+    def __init__(self, folder: Path, prefix: str, task: Task):
+        self._folder, self._prefix, self._task = folder, prefix, task
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Any = None,
+        **_: Any,
+    ) -> None:
+        """Keep the finite numbers of a log entry under this package's names."""
+        names = {"grad_norm": "gradient_norm", "eval_loss": "heldout_loss"}
+        skipped = ("epoch", "total_flos", "num_tokens", "entropy", "mean_token_accuracy")
+        row = {
+            f"{self._prefix}/{names.get(key, key)}": value
+            for key, value in (logs or {}).items()
+            if isinstance(value, int | float)
+            and key not in skipped
+            and not key.startswith("train_")
+            and not (key.startswith("eval_") and key != "eval_loss")
+        }
+        if row:
+            files.append_jsonl(self._folder / METRICS, {"step": state.global_step, **row})
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Move the bar."""
+        loss = state.log_history[-1].get("loss") if state.log_history else None
+        self._task.advance(1, note=f"loss {loss:.3f}" if loss is not None else "")
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Write the marker without which a checkpoint is not resumed from."""
+        files.mark_complete(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+
+def last_metrics(folder: Path) -> dict[str, Any]:
+    """Return the latest value of each metric."""
+    result: dict[str, Any] = {}
+    for _, row in read_jsonl(folder / METRICS):
+        result |= row
+    return result
+
+
+def steps_of(settings: TrainingSection, rows: int) -> int:
+    """Return how many optimizer steps a training takes."""
+    if settings.max_steps > 0:
+        return settings.max_steps
+    per_step = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
+    return max(1, round(settings.num_train_epochs * -(-rows // per_step)))
