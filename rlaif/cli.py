@@ -23,6 +23,10 @@ STAGE_TITLES = {
     "evaluate": "Compare base, SFT and PPO policies on unseen prompts.",
 }
 
+INTERRUPTED = 130
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_TORCH_WRITER = "inline_container.cc"  # the file that torch.save complains from
+
 app = typer.Typer(
     help="From a constitution file to an aligned LoRA adapter on one GPU.",
     no_args_is_help=True,
@@ -223,10 +227,11 @@ def main() -> None:
     except RlaifError as problem:
         _stop(f"rlaif: {problem}", 2)
     except KeyboardInterrupt:
-        _stop(
-            f"\ninterrupted; nothing finished is lost. Continue with: {shlex.join(['rlaif', *sys.argv[1:]])}",
-            130,
-        )
+        _interrupted()
+    except SystemExit as end:  # typer turns an interrupt into this code without a word
+        if end.code == INTERRUPTED:
+            _interrupted()
+        raise
     except BrokenPipeError:
         sys.exit(1)
     except Exception as problem:  # a full disk shows up as many kinds of error; anything else is a bug of ours
@@ -238,10 +243,26 @@ def main() -> None:
         )
 
 
-def _disk_is_full(problem: Exception) -> bool:
-    if isinstance(problem, OSError) and problem.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+def _interrupted() -> None:
+    """Say how to continue. Without ``--from``: it has done its work, and said again would begin again."""
+    words = [word for word in sys.argv[1:] if not word.startswith("--from=")]
+    if "--from" in words:
+        place = words.index("--from")
+        del words[place : place + 2]
+    _stop(f"\ninterrupted; nothing finished is lost. Continue with: {shlex.join(['rlaif', *words])}", INTERRUPTED)
+
+
+def _disk_is_full(problem: BaseException | None) -> bool:
+    """Tell whether a full disk is at the root of an error; safetensors and torch report one in words only."""
+    if shutil.disk_usage(".").free < 1 << 20:
         return True
-    return shutil.disk_usage(".").free < 1 << 20 or "No space left on device" in str(problem)
+    while problem is not None:
+        if isinstance(problem, OSError) and problem.errno in _NO_SPACE:
+            return True
+        if any(f"(os error {number})" in str(problem) for number in _NO_SPACE) or _TORCH_WRITER in str(problem):
+            return True
+        problem = problem.__cause__ or problem.__context__
+    return False
 
 
 def _stop(message: str, code: int) -> None:

@@ -85,7 +85,7 @@ class Principle(_Entry):
         """Return the words that ask for a revision of an answer after its critique."""
         return self.revision or (
             f"Write the answer again so that it follows this principle: {self.text}\n"
-            "Mend what the critique names and keep the rest. "
+            "Mend what the reviewer names and keep the rest. "
             "If nothing has to change, repeat the answer as it is."
         )
 
@@ -103,9 +103,8 @@ class Principle(_Entry):
     def hash(self) -> str:
         """SHA-256 (hexadecimal) of the id and of every word of this principle that a model can be shown.
 
-        The three requests count as they are sent, so writing out a built wording changes nothing. Title,
-        tags, `weight` and `applies_to` do not count: once the principle is drawn, they change no input. The
-        last two decide what is drawn, and count in `Constitution.hash`.
+        The three requests count as they are sent, so writing out a built wording changes nothing. Title, tags, `weight`
+        and `applies_to` do not count; the last two decide what is drawn, and count in `Constitution.hash`.
         """
         requests = [self.critique_request(), self.revision_request(), self.comparison_question()]
         return fingerprint([self.id, self.text, *requests])
@@ -129,6 +128,7 @@ class WorkedComparison(_Entry):
     first: Text = Field(description="The answer shown first.")
     second: Text = Field(description="The answer shown second; another text than `first`.")
     better: Literal["first", "second"] = Field(description="Which of the two answers is the better one.")
+    principle: Id | None = Field(default=None, description="Id of the principle to judge by; the first if absent.")
 
     @field_validator("second")
     @classmethod
@@ -142,7 +142,7 @@ class JudgeTest(_Entry):
     prompt: Text = Field(description="What the person asks.")
     better: Text = Field(description="The answer the judge must prefer.")
     worse: Text = Field(description="The answer the judge must not prefer; another text than `better`.")
-    principle: Id | None = Field(default=None, description="Id of the principle to judge by; optional.")
+    principle: Id | None = Field(default=None, description="Id of the principle to judge by; the first if absent.")
     tag: Text | None = Field(default=None, description="Tag of the prompt, for results by tag.")
 
     @field_validator("worse")
@@ -193,17 +193,16 @@ class Constitution(_Entry):
             content["principles"] = [[p.hash, *_frequency(p)] for p in self.principles]
         return fingerprint(content)
 
-    def principle(self, identifier: str) -> Principle:
-        """Return the principle with this id.
+    def principle(self, identifier: str | None) -> Principle:
+        """Return the principle with this id; the first where None.
 
         Raises:
             ConstitutionError: there is none.
         """
-        for principle in self.principles:
-            if principle.id == identifier:
-                return principle
-        known = ", ".join(principle.id for principle in self.principles)
-        raise ConstitutionError(f"{self.name}: no principle `{identifier}`; there are: {known}.")
+        known = {p.id: p for p in self.principles}
+        if identifier is not None and identifier not in known:
+            raise ConstitutionError(f"{self.name}: no principle `{identifier}`; there are: {', '.join(known)}.")
+        return known[identifier] if identifier is not None else self.principles[0]
 
 
 class Difference(NamedTuple):
@@ -276,8 +275,8 @@ def _repeated(document: Document, content: Constitution) -> Iterator[str]:
 
 
 def _unknown(document: Document, content: Constitution, known: set[str]) -> Iterator[str]:
-    parts: dict[str, Sequence[Example | JudgeTest]] = {"examples": content.examples, "tests": content.tests}
-    for part, entries in parts.items():
+    for part in ("examples", "comparisons", "tests"):
+        entries: Sequence[Example | WorkedComparison | JudgeTest] = getattr(content, part)
         for index, entry in enumerate(entries):
             if entry.principle is not None and entry.principle not in known:
                 where = f"{document.where(part, index, 'principle')}: {part}.{index}.principle"
@@ -329,8 +328,8 @@ def diff(old: Constitution, new: Constitution) -> Difference:
     """Compare the principles of two constitutions by id.
 
     Returns:
-        Ids that only `new` has, ids that only `old` has, ids whose words differ (`Principle.hash`), and ids
-        whose `weight` or `applies_to` differ; in the order of `new`, and of `old` for the removed ones.
+        Ids, in the order of `new`, and of `old` for the removed. Reworded: their `hash` differs; reweighted: their
+        `weight` or `applies_to`.
     """
     before, after = ({p.id: p for p in constitution.principles} for constitution in (old, new))
     both = [i for i in after if i in before]

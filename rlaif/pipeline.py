@@ -23,7 +23,7 @@ from rlaif.progress import Progress
 from rlaif.recipe import Loaded, load_recipe
 from rlaif.stages.run import Run
 
-STARTED = "started.json"
+STARTED, CHECKPOINTS = "started.json", "checkpoints"
 _PACKAGES = (
     "rlaif-toolkit",
     "torch",
@@ -70,17 +70,24 @@ def run_recipe(
         with journal.Journal(folder / "journal.db") as book:
             run = Run(loaded, folder, book, progress)
             _write_recipe(run)
+            if first:
+                stages = [stage for stage in stages if order.index(stage) >= order.index(first)]
+                _forget(run, stages)
             for stage in stages:
-                again = first is not None and order.index(stage) >= order.index(first)
-                skip = first is not None and not again
-                if not skip:
-                    run_stage(run, stage, again=again)
+                run_stage(run, stage)
     return folder
+
+
+def _forget(run: Run, stages: list[str]) -> None:
+    """Let stages run anew. All are marked before the first one starts, so continuing needs no ``--from``."""
+    for stage in stages:
+        for name in (STARTED, "manifest.json"):
+            (run.stage_folder(stage) / name).unlink(missing_ok=True)
 
 
 def _write_recipe(run: Run) -> None:
     resolved = run.recipe.model_dump() | {
-        "output": str(run.folder),
+        "output": str(run.folder.resolve()),
         "constitution": str(run.loaded.constitution),
         "prompts": [str(path) for path in run.loaded.prompts],
     }
@@ -91,32 +98,32 @@ def _write_recipe(run: Run) -> None:
     files.write_text(path, text.getvalue())
 
 
-def run_stage(run: Run, stage: str, *, again: bool = False) -> None:
+def run_stage(run: Run, stage: str) -> None:
     """Run one stage unless its manifest holds."""
     folder = run.stage_folder(stage)
     module = importlib.import_module(f"rlaif.stages.{stage}")
     inputs: dict[str, str] = module.inputs(run)
-    reasons = ["asked for with --from"] if again else journal.broken(folder, inputs)
+    reasons = journal.broken(folder, inputs)
     if not reasons:
+        _tidy(folder)
         run.progress.say(f"{folder.name}: up to date")
         return
     run.progress.say(f"{folder.name}" + ("" if reasons == ["no manifest"] else f" ({'; '.join(reasons)})"))
-    _prepare(folder, inputs, again)
+    _prepare(folder, inputs)
     began = time.monotonic()
     _reset_peak()
     counts = getattr(module, stage)(run)
-    files.remove_folder(folder / "checkpoints")
-    (folder / STARTED).unlink(missing_ok=True)
     manifest = journal.Manifest(
         stage=stage,
         inputs=inputs,
-        outputs=journal.outputs_of(folder),
+        outputs={name: sha256 for name, sha256 in journal.outputs_of(folder).items() if not _passing(name)},
         counts=counts,
         seconds=round(time.monotonic() - began, 1),
         peak_memory_gib=round(peak_memory_gib(), 2),
         versions={name: version(name) for name in _PACKAGES},
     )
     journal.write_manifest(folder, manifest)
+    _tidy(folder)
     shown = ", ".join(f"{key} {_short(value)}" for key, value in counts.items())
     run.progress.say(f"  done in {manifest.seconds:.0f} s, {manifest.peak_memory_gib:.1f} GiB: {shown}")
     gc.collect()
@@ -126,14 +133,25 @@ def _short(value: object) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def _prepare(folder: Path, inputs: dict[str, str], again: bool) -> None:
+def _passing(name: str) -> bool:
+    """Tell whether a file of a stage is of use only until its manifest is written."""
+    return name == STARTED or name.startswith(f"{CHECKPOINTS}/")
+
+
+def _tidy(folder: Path) -> None:
+    """Remove what a finished stage no longer needs; only after its manifest, so a kill in between loses nothing."""
+    files.remove_folder(folder / CHECKPOINTS)
+    (folder / STARTED).unlink(missing_ok=True)
+
+
+def _prepare(folder: Path, inputs: dict[str, str]) -> None:
     """Empty the stage's folder unless it was left by a run that was stopped under the very same inputs."""
     path = folder / STARTED
     try:
         same = json.loads(path.read_text(encoding="utf-8"))["inputs"] == fingerprint(inputs)
     except (OSError, ValueError, KeyError, TypeError):
         same = False
-    if again or not same:
+    if not same:
         files.remove_folder(folder)
     files.write_json(path, {"inputs": fingerprint(inputs)})
 

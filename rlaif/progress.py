@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
@@ -46,7 +45,7 @@ class Progress:
     def say(self, line: str) -> None:
         """Print one line; text of models and files is shown as it is, control characters removed."""
         clean = "".join(char for char in line if char.isprintable() or char in "\n\t")
-        self.console.print(escape(clean))
+        self.console.print(clean, markup=False, emoji=False)
 
     @contextmanager
     def task(self, title: str, total: int) -> Iterator[Task]:

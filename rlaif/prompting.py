@@ -10,9 +10,12 @@ import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import jinja2
 from jinja2 import meta
+from jinja2.exceptions import SecurityError
+from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from rlaif.documents import read_text, shipped
@@ -20,7 +23,19 @@ from rlaif.errors import PromptError
 
 MAX_TEMPLATE_CHARACTERS = 20_000
 MAX_RENDERED_CHARACTERS = 400_000
+# What an expression of a template can run into; the sandbox lets Python's own errors through.
+_FAILURES = (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, RecursionError, MemoryError)
 _DECLARATION = re.compile(r"\A\{#-?\s*variables:\s*([\w, ]*?)\s*-?#\}\n?")
+
+
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """A sandbox without the operators that make huge values of small ones."""
+
+    intercepted_binops = frozenset({"*", "**", "%"})
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        """Refuse the operator."""
+        raise SecurityError(f"the operator `{operator}` is not allowed in a template")
 
 
 def sandbox(*, autoescape: bool = False) -> ImmutableSandboxedEnvironment:
@@ -29,7 +44,7 @@ def sandbox(*, autoescape: bool = False) -> ImmutableSandboxedEnvironment:
     It cannot reach Python internals or change what it is given, and a missing variable is an error. No other place in
     the package builds a Jinja environment.
     """
-    environment = ImmutableSandboxedEnvironment(
+    environment = _Sandbox(
         undefined=jinja2.StrictUndefined, autoescape=autoescape, keep_trailing_newline=False, trim_blocks=True
     )
     environment.globals.clear()
@@ -74,8 +89,9 @@ class Template:
             )
         try:
             text = self._compiled.render(**values)
-        except jinja2.TemplateError as problem:
-            raise PromptError(f"{self.path}: cannot be rendered: {problem}.") from None
+        except _FAILURES as problem:
+            said = str(problem).rstrip(".") or type(problem).__name__
+            raise PromptError(f"{self.path}: cannot be rendered: {said}.") from None
         if len(text) > MAX_RENDERED_CHARACTERS:
             raise PromptError(
                 f"{self.path}: rendered to {len(text)} characters; at most {MAX_RENDERED_CHARACTERS} are allowed."
@@ -91,7 +107,7 @@ def load_template(name: str, folder: Path | None = None) -> Template:
             or declared but not used.
     """
     path = (folder or shipped("prompts")) / f"{name}.jinja"
-    text = read_text(path, PromptError)
+    text = read_text(path, PromptError).replace("\r\n", "\n")
     if len(text) > MAX_TEMPLATE_CHARACTERS:
         raise PromptError(f"{path}: {len(text)} characters; a template may have {MAX_TEMPLATE_CHARACTERS}.")
     declaration = _DECLARATION.match(text)
@@ -99,14 +115,19 @@ def load_template(name: str, folder: Path | None = None) -> Template:
         raise PromptError(f"{path}:1: the first line must declare the variables, as in {{# variables: prompt #}}.")
     declared = tuple(word.strip() for word in declaration.group(1).split(",") if word.strip())
     source = text[declaration.end() :].rstrip("\n")
+    template = Template(path, source, declared)
     try:
         used = meta.find_undeclared_variables(sandbox().parse(source))
+        _ = template._compiled  # finds what parsing does not, such as an unknown filter
     except jinja2.TemplateSyntaxError as problem:
-        raise PromptError(f"{path}:{(problem.lineno or 0) + 1}: not a Jinja template: {problem.message}.") from None
+        line = (problem.lineno or 1) + text.count("\n", 0, declaration.end())
+        raise PromptError(f"{path}:{line}: not a Jinja template: {str(problem.message).rstrip('.')}.") from None
+    except (SyntaxError, RecursionError, MemoryError):  # of Python, into which templates are compiled
+        raise PromptError(f"{path}: its blocks or brackets stand inside each other too deep. Flatten it.") from None
     undeclared, unused = sorted(used - set(declared)), sorted(set(declared) - used)
     if undeclared or unused:
         raise PromptError(
             f"{path}:1: declares {', '.join(declared) or 'nothing'}; used but not declared: "
             f"{', '.join(undeclared) or 'none'}; declared but not used: {', '.join(unused) or 'none'}."
         )
-    return Template(path, source, declared)
+    return template

@@ -4,6 +4,7 @@ A recipe has general keys, then one section per stage, named as the stage. Model
 `transformers`, `peft` and `trl` users know. Unknown keys are errors that name the nearest key.
 """
 
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -11,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from rlaif.documents import Document, find, load_yaml, validate
+from rlaif.documents import Document, Key, find, load_yaml, validate
 from rlaif.errors import ConfigError
 from rlaif.filters import REASONS
 
@@ -98,6 +99,13 @@ class ReviseSection(Section):
         if unknown:
             raise ValueError(f"no filter `{unknown[0]}`; filters: {', '.join(REASONS)}")
         return names
+
+    @model_validator(mode="after")
+    def _refusals_are_revisions(self) -> "ReviseSection":
+        never = sorted(set(self.must_refuse_tags) - set(self.revise_tags))
+        if never:
+            raise ValueError(f"must_refuse_tags names `{never[0]}`, which revise_tags does not; name it in both")
+        return self
 
 
 class SftSection(TrainingSection):
@@ -194,7 +202,7 @@ class Recipe(Section):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     model: ModelSection
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**32)
     output: str | None = Field(None, description="run folder; default: runs/NAME")
     constitution: str = "harmless"
     prompts: list[str] = Field(["harmful", "ordinary", "lookalike"], min_length=1)
@@ -232,6 +240,9 @@ class Recipe(Section):
             raise ValueError("sft needs the stage `revise` before it")
         if "reward" in self.stages and "label" not in self.stages:
             raise ValueError("reward needs the stage `label` before it")
+        by_revision = self.feedback != "human" and self.label.method == "revision"
+        if "label" in self.stages and by_revision and "revise" not in self.stages:
+            raise ValueError("label.method `revision` needs the stage `revise` before it")
         return self
 
     def folder(self) -> Path:
@@ -260,7 +271,7 @@ def load_recipe(path: Path, overrides: list[str] = []) -> Loaded:  # noqa: B006
         ConfigError: one line for every problem, with file, line and column.
     """
     path = find("recipes", str(path))
-    document = load_yaml(path, ConfigError)
+    document = _Overridden(**vars(load_yaml(path, ConfigError)))
     for override in overrides:
         _override(document, override)
     recipe = validate(document, Recipe, ConfigError)
@@ -274,16 +285,28 @@ def load_recipe(path: Path, overrides: list[str] = []) -> Loaded:  # noqa: B006
     )
 
 
-def _override(document: Document, override: str) -> None:
+@dataclass
+class _Overridden(Document):
+    """A recipe with values from the command line, whose place in an error is the option itself."""
+
+    options: dict[tuple[Key, ...], str] = field(default_factory=dict)
+
+    def where(self, *keys: Key) -> str:
+        """Return ``file:line:column`` of a key path, or the option that set it."""
+        set_by = [option for path, option in self.options.items() if keys[: len(path)] == path]
+        return f"--set {set_by[-1]}" if set_by else super().where(*keys)
+
+
+def _override(document: _Overridden, override: str) -> None:
     """Set one key of a document, creating sections on the way."""
     dotted, sign, text = override.partition("=")
-    if not sign or not dotted.strip():
+    keys = dotted.strip().split(".")
+    if not sign or not all(keys):
         raise ConfigError(f"--set {override}: `section.key=value` is expected.")
     try:
         value = YAML(typ="safe", pure=True).load(text)
-    except YAMLError:
+    except (YAMLError, ValueError, OverflowError, RecursionError):  # such as the date 2024-13-01
         raise ConfigError(f"--set {override}: `{text}` is not a YAML value.") from None
-    keys = dotted.strip().split(".")
     target = document.data
     for depth, key in enumerate(keys[:-1]):
         if key == "model" and isinstance(target.get(key), str):
@@ -292,3 +315,4 @@ def _override(document: Document, override: str) -> None:
         if not isinstance(target, dict):
             raise ConfigError(f"--set {override}: `{'.'.join(keys[: depth + 1])}` is a value, not a section.")
     target[keys[-1]] = value
+    document.options[tuple(keys)] = override

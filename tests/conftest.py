@@ -2,7 +2,9 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while waiting slow each other sixfold
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -52,6 +54,31 @@ def build_tiny_model(folder: Path, *, seed: int = 0, hidden: int = 32) -> Path:
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of the tiny model: 2 layers, hidden size 32, bytes as tokens."""
     return build_tiny_model(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture(scope="session")
+def tiny_model_64(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a tiny model wide enough for 4-bit blocks."""
+    return build_tiny_model(tmp_path_factory.mktemp("tiny-64") / "model", hidden=64)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Compute in one thread: on models this small, several only wait for each other when the machine is busy."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    """Folder of a whole run of the tiny recipe (tiny_runs.TINY); tests work in copies of it."""
+    import tiny_runs
+
+    return tiny_runs.whole_run(tmp_path_factory.mktemp("finished") / "run", tiny_model)
 
 
 @pytest.fixture(autouse=True)

@@ -16,10 +16,17 @@ def read_labels(path: Path, *, tag: str = "", annotator: str = "human", seed: in
     Raises:
         DataError: the file cannot be read, or its columns are of no known form.
     """
-    first = next((row for _, row in read_jsonl(path)), {}) if path.suffix == ".jsonl" else {}
-    if first.keys() >= _OWN_COLUMNS:
-        return Imported(read_rows(path, Comparison), [], OWN)
+    if _is_own(path):
+        rows = read_rows(path, Comparison)
+        return Imported([row.model_copy(update={"tag": row.tag or tag}) for row in rows], [], OWN)
     return import_file(path, tag=tag, annotator=annotator, seed=seed)
+
+
+def _is_own(path: Path) -> bool:
+    if not path.name.endswith((".jsonl", ".jsonl.gz")):
+        return False
+    first = next((row for _, row in read_jsonl(path)), {})
+    return first.keys() >= _OWN_COLUMNS
 
 
 def summary(imported: Imported, output: Path, unused: Path) -> str:

@@ -1,5 +1,6 @@
 """Loading one base model: embedded, from a local folder or from the Hub; in fp32, bf16, 8 or 4 bits."""
 
+import hashlib
 import logging
 import os
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ os.environ.setdefault("TRANSFORMERS_SDPA_FORCE_GQA", "1")  # else grouped keys a
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import logging as transformers_logging
@@ -22,6 +25,11 @@ from rlaif.recipe import ModelSection
 
 transformers_logging.disable_progress_bar()
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # a CPU kernel we do not use
+
+# What `transformers` raises for folders that are broken in one way or another.
+_BROKEN = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError)
+_HASHED_WHOLE = 64 << 20  # bytes; of larger files of weights samples are hashed
+_SAMPLES, _SAMPLE = 256, 1 << 16  # how many, and bytes of each
 
 
 @dataclass
@@ -75,27 +83,7 @@ def load_base(settings: ModelSection) -> Base:
     device = default_device()
     dtype = compute_dtype(settings.dtype, device)
     source = resolve(settings.model_name_or_path)
-    options: dict[str, Any] = {"revision": settings.model_revision, "trust_remote_code": False}
-    try:
-        config = AutoConfig.from_pretrained(source, **options)
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        lm = AutoModelForCausalLM.from_pretrained(
-            source,
-            **options,
-            config=config,
-            dtype=dtype,
-            device_map={"": device},
-            use_safetensors=True,
-            attn_implementation=settings.attn_implementation,
-            quantization_config=_quantization(settings, dtype),
-        )
-    except (OSError, ValueError, KeyError) as problem:
-        reason = (str(problem).strip().splitlines() or [type(problem).__name__])[0]
-        raise ModelError(
-            f"model `{settings.model_name_or_path}`: cannot be loaded: {reason} Expected: an embedded model "
-            f"({', '.join(builtin.EMBEDDED)}), a folder with a model in the Hugging Face format (safetensors), or the "
-            "id of one on the Hub."
-        ) from problem
+    lm, tokenizer, config = _read(settings, source, device, dtype)
     lm.requires_grad_(False)
     lm.eval()
     for module in lm.modules():
@@ -114,31 +102,74 @@ def load_base(settings: ModelSection) -> Base:
     return Base(lm, chat, identity(settings, source, config), int(config.get_text_config().max_position_embeddings))
 
 
+def _read(settings: ModelSection, source: str, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any, Any]:
+    """Read the model, its tokenizer and its configuration; weights must be safetensors, and all there."""
+    options: dict[str, Any] = {"revision": settings.model_revision, "trust_remote_code": False}
+    try:
+        config = AutoConfig.from_pretrained(source, **options)
+        _drop_dropout(config)
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        lm, report = AutoModelForCausalLM.from_pretrained(
+            source,
+            **options,
+            config=config,
+            dtype=dtype,
+            device_map={"": device},
+            use_safetensors=True,
+            attn_implementation=settings.attn_implementation,
+            quantization_config=_quantization(settings, dtype),
+            output_loading_info=True,
+        )
+        if report["missing_keys"]:
+            name = min(report["missing_keys"])
+            raise ValueError(f"{len(report['missing_keys'])} tensors of a causal language model are missing: {name}.")
+    except (*_BROKEN, SafetensorError, StrictDataclassError) as problem:
+        reason = " ".join(str(problem).split())[:300] or type(problem).__name__
+        raise ModelError(
+            f"model `{settings.model_name_or_path}`: cannot be loaded: {reason} Expected: an embedded model "
+            f"({', '.join(builtin.EMBEDDED)}), a folder with a model in the Hugging Face format (safetensors), or the "
+            "id of one on the Hub."
+        ) from problem
+    return lm, tokenizer, config
+
+
+def _drop_dropout(config: Any) -> None:
+    """Set every rate of dropout to 0: attention reads its own from here, not from a module."""
+    for part in {id(part): part for part in (config, config.get_text_config())}.values():
+        for name, value in vars(part).items():
+            if isinstance(value, float) and "drop" in name:
+                setattr(part, name, 0.0)
+
+
 def identity(settings: ModelSection, source: str, config: Any) -> dict[str, Any]:
     """Return what an answer of this model depends on, for the keys of stored work: weights, precision, template."""
     folder = Path(source)
     weights: Any = settings.model_revision or getattr(config, "_commit_hash", None)
     if folder.is_dir():
-        names = ("*.safetensors", "config.json", "tokenizer.json", "chat_template.jinja")
-        files = sorted(path for pattern in names for path in folder.glob(pattern))
-        weights = {path.name: _weights_stamp(path) for path in files}
+        files = sorted(path for pattern in ("*.safetensors", "*.json", "*.jinja") for path in folder.glob(pattern))
+        weights = {path.name: _stamp(path) for path in files}
     return {
         "model": settings.model_name_or_path,
         "weights": weights,
         "load_in_4bit": settings.load_in_4bit,
+        "bnb_4bit_quant_type": settings.bnb_4bit_quant_type if settings.load_in_4bit else None,
+        "use_bnb_nested_quant": settings.use_bnb_nested_quant if settings.load_in_4bit else None,
         "load_in_8bit": settings.load_in_8bit,
-        "dtype": settings.dtype,
+        "dtype": str(compute_dtype(settings.dtype, default_device())),
     }
 
 
-def _weights_stamp(path: Path) -> str:
-    """Hash a small file; for weights, hash the size and the first mebibyte (headers and the first tensors)."""
-    if path.stat().st_size < 64 << 20:
+def _stamp(path: Path) -> str:
+    """Hash a file; of a large one, its size and samples from all over it, since fine-tuning changes most tensors."""
+    size = path.stat().st_size
+    if size < _HASHED_WHOLE:
         return file_sha256(path)
-    import hashlib
-
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        return f"{path.stat().st_size}-{hashlib.sha256(file.read(1 << 20)).hexdigest()}"
+        for index in range(_SAMPLES):
+            file.seek(index * (size - _SAMPLE) // (_SAMPLES - 1))
+            digest.update(file.read(_SAMPLE))
+    return f"{size}-{digest.hexdigest()}"
 
 
 def _quantization(settings: ModelSection, dtype: torch.dtype) -> BitsAndBytesConfig | None:

@@ -5,16 +5,16 @@ it would end a turn and open another one. Here every piece of data is encoded wi
 control tokens in a sequence are those that the template itself wrote.
 """
 
+import copy
 from collections.abc import Sequence
 from typing import Any
+
+from jinja2 import TemplateError
 
 from rlaif.errors import ModelError
 from rlaif.records import Messages
 
-_OPEN, _CLOSE = (
-    "\ue0f0",
-    "\ue0f1",
-)  # private-use characters: they mark where data stands in a rendered template
+_OPEN, _CLOSE = "\ue0f0", "\ue0f1"  # private-use characters: they mark where data stands in a rendered template
 
 
 class ChatTokenizer:
@@ -42,10 +42,11 @@ class ChatTokenizer:
             )
         self.raw = tokenizer
         self.name = name
-        self._specials = sorted(set(tokenizer.all_special_tokens) | set(tokenizer.get_added_vocab()))
+        self._careful = {_OPEN, _CLOSE, *tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
         probe = self._render([{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}], False, True)
-        if _OPEN not in probe or probe.count(_OPEN) != 2:
+        if probe.count(_OPEN) != 2:
             raise ModelError(f"model `{name}`: its chat template does not show both turns of a short conversation.")
+        self._inert = self._inert_tokenizer(probe, eos_ids)
         tail = self._template_ids(probe.rsplit(_CLOSE, 1)[1])
         special_ids = set(tokenizer.all_special_ids) | set(tokenizer.get_added_vocab().values())
         endings = [token for token in tail if token in special_ids]
@@ -55,6 +56,24 @@ class ChatTokenizer:
         known = {self.end_of_turn, *eos_ids, tokenizer.eos_token_id}
         self.eos_ids: list[int] = sorted(token for token in known if token is not None)
         self.pad_id: int = self._padding_id()
+        if self.pad_id != tokenizer.pad_token_id:
+            tokenizer.pad_token = tokenizer.convert_ids_to_tokens(self.pad_id)  # so that saved copies agree with us
+
+    def _inert_tokenizer(self, probe: str, eos_ids: Sequence[int]) -> Any:
+        """Return a tokenizer that splits the text of every token with which the template builds turns.
+
+        Splitting concerns tokens marked as special. Some models add ``<|im_end|>`` without that mark; a copy of their
+        tokenizer gets it.
+        """
+        added = {index: token for token, index in self.raw.get_added_vocab().items()}
+        special = {index for index, token in self.raw.added_tokens_decoder.items() if token.special}
+        structure = {*self._template_ids(probe), *eos_ids, self.raw.eos_token_id}
+        unmarked = [added[index] for index in structure & set(added) - special]
+        if not unmarked:
+            return self.raw
+        inert = copy.deepcopy(self.raw)
+        inert.add_tokens(unmarked, special_tokens=True)
+        return inert
 
     def _padding_id(self) -> int:
         """Choose an id for padding, not one that ends a turn where there is another.
@@ -75,7 +94,9 @@ class ChatTokenizer:
 
     def prompt(self, messages: Messages) -> list[int]:
         """Encode a conversation up to where the assistant's answer begins."""
-        return self._encode(self._render(messages, True, self._needs_care(messages)), messages)
+        marked = any(text in turn["content"] for turn in messages for text in self._careful)
+        rendered = self._render(messages, True, marked)
+        return self._encode(rendered, messages) if marked else self._template_ids(rendered)
 
     def response(self, text: str, *, ended: bool = True) -> list[int]:
         """Encode an assistant's answer; with `ended`, closed by the token that ends a turn."""
@@ -99,22 +120,25 @@ class ChatTokenizer:
 
     def show(self, messages: Messages) -> str:
         """Return the conversation as the model is shown it, control tokens visible."""
-        return str(self.raw.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-
-    def _needs_care(self, messages: Messages) -> bool:
-        return any(special in turn["content"] for turn in messages for special in self._specials)
+        return self._render(messages, True, False)
 
     def _render(self, messages: Messages, generation_prompt: bool, marked: bool) -> str:
         if marked:
             messages = [
                 {"role": turn["role"], "content": f"{_OPEN}{index}{_CLOSE}"} for index, turn in enumerate(messages)
             ]
-        text = self.raw.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt)
+        try:
+            text = self.raw.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt)
+        except TemplateError as problem:
+            roles = ", ".join(str(turn["role"]) for turn in messages)
+            raise ModelError(
+                f"model `{self.name}`: its chat template fails on a conversation of the turns {roles}: {problem}. "
+                "Give the model's folder a template that can show it."
+            ) from None
         return str(text)
 
     def _encode(self, rendered: str, messages: Messages) -> list[int]:
-        if _OPEN not in rendered:
-            return self._template_ids(rendered)
+        """Encode a rendered template that marks where data stands, and put the data's own ids there."""
         ids: list[int] = []
         for index, piece in enumerate(rendered.split(_OPEN)):
             if index:
@@ -127,4 +151,4 @@ class ChatTokenizer:
         return list(self.raw(text, add_special_tokens=False, split_special_tokens=False)["input_ids"])
 
     def _data_ids(self, text: str) -> list[int]:
-        return list(self.raw(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+        return list(self._inert(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])

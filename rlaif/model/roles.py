@@ -2,18 +2,21 @@
 
 Switching adapters in PEFT is a trap (each of these was reproduced): `set_adapter` makes a frozen adapter trainable; a
 switch between forward and backward loses or misplaces gradients without an error. So a forward pass *and its backward
-pass* happen inside one ``with base.acting_as(role)``, which does not nest; outside of one, the model refuses to run.
+pass* happen inside one ``with base.acting_as(role)``, which does not nest; outside of one, the model refuses to run,
+and gradient checkpointing refuses to recompute anywhere but in the one it computed in.
 Which parameters are trainable is decided once, when a role is added, and restored after every switch.
 """
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
@@ -24,6 +27,39 @@ from rlaif.recipe import ModelSection
 
 BASE = "base"  # the role without an adapter
 _SCORE_KEY = "base_model.model.score.weight"
+# What is taken over from an adapter folder's configuration. Dropout is not: it stays off.
+_LORA_KEYS = (
+    "r",
+    "lora_alpha",
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "rank_pattern",
+    "alpha_pattern",
+    "use_rslora",
+    "fan_in_fan_out",
+)
+# Other ways of initializing LoRA change the base weights, which are everyone's.
+_HARMLESS_INIT = (True, False, "gaussian", "orthogonal", "eva")
+
+
+class _Recomputation:
+    """The context of a checkpointed layer's recomputation: it must be the one of its first computation."""
+
+    def __init__(self, base: "SharedBase"):
+        self._base, self._turn, self._role = base, base.turn, base.acting
+
+    def __enter__(self) -> None:
+        if self._base.turn != self._turn or self._base.acting is None:
+            now = f"`{self._base.acting}` acts" if self._base.acting else "no role does"
+            raise RoleError(
+                f"a backward pass of `{self._role}` came after its `acting_as` had ended ({now}): with gradient "
+                "checkpointing it would compute wrong gradients. Call backward inside the same `with`."
+            )
+
+    def __exit__(self, *_: object) -> None:
+        pass
 
 
 class SharedBase:
@@ -40,11 +76,12 @@ class SharedBase:
         self._peft: PeftModel | None = None
         self._trainable: dict[str, bool] = {BASE: False}
         self._has_adapter: dict[str, bool] = {BASE: False}
-        self._acting: str | None = None
+        self.acting: str | None = None
+        self.turn = 0  # counts calls of `acting_as`
         self._trunk = getattr(self.lm, self.lm.base_model_prefix)
         self._trunk.register_forward_pre_hook(self._guard)
         if settings.gradient_checkpointing:
-            self.lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            self._enable_checkpointing()
         self._check_logits()
 
     @classmethod
@@ -77,24 +114,49 @@ class SharedBase:
             RoleError: the name is taken, or another role is acting.
             ModelError: the folder holds no adapter that fits this base.
         """
-        if role in self._trainable or self._acting:
+        if role in self._trainable or self.acting:
             raise RoleError(f"role `{role}` cannot be added: it exists already, or a role is acting.")
-        config, weights = self._read_adapter(adapter) if adapter else (self._new_config(), {})
-        if self._peft is None:
-            self._peft = PeftModel(self.lm, config, adapter_name=role)
-        else:
-            self._peft.add_adapter(role, config)
-        score = weights.pop(_SCORE_KEY, None)
         if like:
-            weights = get_peft_model_state_dict(self._peft, adapter_name=like)
-        if weights:
-            result = set_peft_model_state_dict(self._peft, weights, adapter_name=role)
-            if result.unexpected_keys:
-                raise ModelError(f"{adapter}: the adapter does not fit this model: {result.unexpected_keys[0]}.")
+            self._require_adapter(like)
+            config = deepcopy(self.peft.peft_config[like])
+            weights = get_peft_model_state_dict(self.peft, adapter_name=like, save_embedding_layers=False)
+        else:
+            config, weights = self._read_adapter(adapter) if adapter else (self._new_config(), {})
+        score = weights.pop(_SCORE_KEY, None)
+        self._attach(role, config, weights, adapter)
         self._trainable[role], self._has_adapter[role] = trainable, True
         if head or score is not None:
             self._add_head(role, score, like)
         self._restore()
+
+    def _attach(self, role: str, config: LoraConfig, weights: dict[str, Tensor], source: Path | None) -> None:
+        """Put an adapter on the base, and take it off again where its weights do not fit."""
+        try:
+            if self._peft is None:
+                self._peft = PeftModel(self.lm, config, adapter_name=role)
+            else:
+                self._peft.add_adapter(role, config)
+        except ValueError as problem:
+            what = source or "model.lora_target_modules"
+            raise ModelError(f"{what}: the adapter does not fit this model: {problem}") from None
+        if not weights:
+            return
+        own = get_peft_model_state_dict(self._peft, adapter_name=role, save_embedding_layers=False)
+        expected, found = ({name: list(tensor.shape) for name, tensor in state.items()} for state in (own, weights))
+        wrong = sorted(name for name in expected | found if expected.get(name) != found.get(name))
+        if wrong:
+            self._peft.delete_adapter(role)
+            self._restore()
+            raise ModelError(
+                f"{source}: the adapter does not fit this model: {len(wrong)} tensors differ; {wrong[0]} has the shape "
+                f"{found.get(wrong[0], 'absent')}; {expected.get(wrong[0], 'absent')} is expected."
+            )
+        set_peft_model_state_dict(self._peft, weights, adapter_name=role)
+
+    def _require_adapter(self, role: str) -> None:
+        if not self._has_adapter.get(role):
+            names = ", ".join(name for name, has in self._has_adapter.items() if has) or "none yet"
+            raise RoleError(f"unknown role `{role}`; roles with an adapter: {names}.")
 
     def add_head_on(self, role: str, name: str) -> None:
         """Add a zero scalar head `name` that reads the trunk of another role (a critic without an adapter)."""
@@ -137,22 +199,28 @@ class SharedBase:
         Raises:
             RoleError: unknown role, or another role is acting.
         """
-        if self._acting is not None:
-            raise RoleError(f"`{role}` cannot act while `{self._acting}` does: acting_as does not nest.")
-        if role not in self._trainable or not (self._has_adapter[role] or role == BASE):
-            raise RoleError(f"unknown role `{role}`; roles with an adapter: {', '.join(self._with_adapter())}.")
+        if self.acting is not None:
+            raise RoleError(f"`{role}` cannot act while `{self.acting}` does: acting_as does not nest.")
+        if role != BASE:
+            self._require_adapter(role)
         self._switch(role)
-        self._acting = role
+        self.acting = role
+        self.turn += 1
         self.lm.train(training)
         try:
             yield
         finally:
-            self._acting = None
+            self.acting = None
             self.lm.eval()
             self._restore()
 
-    def _with_adapter(self) -> list[str]:
-        return [name for name, has in self._has_adapter.items() if has]
+    def _enable_checkpointing(self) -> None:
+        # The first name is the newer one of the same method.
+        enable = getattr(self.lm, "activation_checkpointing_enable", None) or self.lm.gradient_checkpointing_enable
+        enable({"use_reentrant": False, "context_fn": self._checkpoint_contexts})
+
+    def _checkpoint_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        return nullcontext(), _Recomputation(self)
 
     def _switch(self, role: str) -> None:
         if self._peft is not None:
@@ -171,9 +239,7 @@ class SharedBase:
 
     def _owner(self, parameter_name: str) -> str | None:
         parts = parameter_name.split(".")
-        if "lora_A" in parts or "lora_B" in parts:
-            return parts[parts.index("lora_A" if "lora_A" in parts else "lora_B") + 1]
-        return None
+        return next((parts[index + 1] for index, part in enumerate(parts) if part.startswith("lora_")), None)
 
     def named_parameters_of(self, role: str) -> list[tuple[str, nn.Parameter]]:
         """Return the adapter's and the head's parameters of one role, by name."""
@@ -181,7 +247,7 @@ class SharedBase:
         return own + ([(f"heads.{role}.weight", self.heads[role].weight)] if role in self.heads else [])
 
     def _guard(self, module: nn.Module, arguments: Any) -> None:
-        if self._acting is None:
+        if self.acting is None:
             raise RoleError("the model was run outside `with base.acting_as(role)`.")
 
     # --- forward passes --------------------------------------------------------------------------------------
@@ -227,11 +293,21 @@ class SharedBase:
 
     def _read_adapter(self, folder: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
         try:
-            config = LoraConfig.from_pretrained(str(folder))
+            stored = json.loads((folder / "adapter_config.json").read_bytes())
             weights = load_file(folder / "adapter_model.safetensors", device=str(self.device))
-        except (OSError, ValueError, KeyError, TypeError) as problem:
+            if stored["peft_type"] != "LORA" or stored.get("use_dora") or stored.get("bias", "none") != "none":
+                raise ValueError("a plain LoRA adapter is expected, without DoRA and without biases")
+            if stored.get("init_lora_weights", True) not in _HARMLESS_INIT:
+                raise ValueError(f"`init_lora_weights: {stored['init_lora_weights']}` changes the base; convert it")
+            kept = {key: stored[key] for key in _LORA_KEYS if stored.get(key) is not None}
+            config = LoraConfig(**kept, lora_dropout=0.0, task_type="CAUSAL_LM")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as problem:
             raise ModelError(f"{folder}: not a LoRA adapter folder in safetensors form: {problem}.") from None
-        config.task_type, config.modules_to_save, config.inference_mode = "CAUSAL_LM", None, False
+        score = weights.get(_SCORE_KEY)
+        if score is not None and list(score.shape) != [1, self.hidden_size]:
+            raise ModelError(
+                f"{folder}: its head has the shape {list(score.shape)}; {[1, self.hidden_size]} is expected."
+            )
         return config, weights
 
     def save_role(self, role: str, folder: Path) -> None:
@@ -239,8 +315,14 @@ class SharedBase:
 
         `AutoPeftModelForCausalLM`, or with ``num_labels=1`` `AutoPeftModelForSequenceClassification`, loads it.
         """
+        self._require_adapter(role)
         state = get_peft_model_state_dict(self.peft, adapter_name=role, save_embedding_layers=False)
-        config = {**self.peft.peft_config[role].to_dict(), "inference_mode": True}
+        config = {
+            **self.peft.peft_config[role].to_dict(),
+            "inference_mode": True,
+            "base_model_name_or_path": self.lm.name_or_path,
+            "revision": self._settings.model_revision,
+        }
         if role in self.heads:
             state[_SCORE_KEY] = self.heads[role].weight
             config |= {"task_type": "SEQ_CLS", "modules_to_save": ["score"]}

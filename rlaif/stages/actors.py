@@ -41,7 +41,7 @@ def assign_roles(run: Run) -> Actors:
     """
     settings = run.recipe.ppo
     base = run.load_base()
-    has_sft = run.has_output("sft")
+    has_sft = "sft" in run.recipe.stages
     adapter = run.output("sft", "adapter") if has_sft else None
     base.add_role(POLICY, trainable=True, adapter=adapter)
     if has_sft:

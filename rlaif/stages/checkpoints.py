@@ -17,7 +17,7 @@ from rlaif.maths.kl import AdaptiveKl, FixedKl
 from rlaif.model.roles import SharedBase
 from rlaif.records import read_jsonl
 from rlaif.stages.run import Run
-from rlaif.stages.training import CHECKPOINTS, resume_point
+from rlaif.stages.training import CHECKPOINTS, resume_point, step_of
 
 STAGE = "ppo"
 POLICY, CRITIC = "policy", "critic"
@@ -39,12 +39,8 @@ def save(run: Run, base: SharedBase, optimizer: torch.optim.Optimizer, kl: Kl, u
         save_file(tensors, fresh / "state.safetensors")
         (fresh / "counters.json").write_text(json.dumps({"update": update, "kl": kl.state_dict()}))
         files.mark_complete(fresh)
-    for old in sorted(parent.glob("checkpoint-*"), key=_number)[:-_KEPT]:
+    for old in sorted(parent.glob("checkpoint-*"), key=step_of)[:-_KEPT]:
         files.remove_folder(old)
-
-
-def _number(folder: Path) -> int:
-    return int(folder.name.rsplit("-", 1)[1])
 
 
 def restore(run: Run, base: SharedBase, optimizer: torch.optim.Optimizer, kl: Kl) -> int:
@@ -55,7 +51,7 @@ def restore(run: Run, base: SharedBase, optimizer: torch.optim.Optimizer, kl: Kl
     kept: list[dict[str, Any]] = []
     if checkpoint and samples.exists():
         files.repair_jsonl(samples)
-        step = _number(Path(checkpoint))
+        step = step_of(checkpoint)
         kept = [row for _, row in read_jsonl(samples) if row["step"] <= step]
     files.write_jsonl(samples, kept)
     if checkpoint is None:
@@ -65,8 +61,9 @@ def restore(run: Run, base: SharedBase, optimizer: torch.optim.Optimizer, kl: Kl
         for name, parameter in base.named_parameters_of(role):
             with torch.no_grad():
                 parameter.copy_(tensors.pop(f"weight/{name}"))
-            moments = {key: tensors.pop(f"{key}/{name}") for key in ("exp_avg", "exp_avg_sq")}
-            optimizer.state[parameter] = {"step": tensors.pop(f"step/{name}").cpu(), **moments}
+            if f"step/{name}" in tensors:  # absent for a parameter that never had a gradient
+                moments = {key: tensors.pop(f"{key}/{name}") for key in ("exp_avg", "exp_avg_sq")}
+                optimizer.state[parameter] = {"step": tensors.pop(f"step/{name}").cpu(), **moments}
     counters = json.loads((Path(checkpoint) / "counters.json").read_text(encoding="utf-8"))
     kl.load_state_dict(counters["kl"])
     return int(counters["update"])

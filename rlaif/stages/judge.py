@@ -5,6 +5,7 @@ answer shown first is ``s + b`` in one order and ``-s + b`` in the other; averag
 arXiv 2309.00267, section 2.2, who average probabilities; averaging logits recovers ``s`` exactly).
 """
 
+import math
 import statistics
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -13,7 +14,8 @@ from rlaif.constitution import Principle
 from rlaif.documents import canonical_json
 from rlaif.engines.engine import Engine, Question, ask
 from rlaif.maths import agreement
-from rlaif.records import Messages, assistant
+from rlaif.prompting import Template
+from rlaif.records import Message, Messages, assistant
 from rlaif.stages.run import Run, templates
 
 OPTIONS = ("A", "B")
@@ -46,11 +48,12 @@ class Verdict(NamedTuple):
 
 def judge(run: Run, stage: str, engine: Engine, pairs: Sequence[Pair], title: str) -> list[Verdict]:
     """Ask for each pair in both orders."""
-    shown = worked_comparisons(run)
+    template = templates("compare")["compare"]
+    shown = worked_comparisons(run, template)
     questions = [
         Question(
             item_id=f"{pair.id}/{order}",
-            messages=[*shown, {"role": "user", "content": _request(pair, swapped=order == "swapped")}],
+            messages=[*shown, _request(template, pair, swapped=order == "swapped")],
             options=OPTIONS,
         )
         for pair in pairs
@@ -63,27 +66,27 @@ def judge(run: Run, stage: str, engine: Engine, pairs: Sequence[Pair], title: st
     ]
 
 
-def worked_comparisons(run: Run) -> Messages:
-    """Return the constitution's worked comparisons as turns, as many as the recipe shows to the judge."""
+def worked_comparisons(run: Run, template: Template) -> Messages:
+    """Return the constitution's worked comparisons as turns, as many as the recipe shows to the judge.
+
+    Each is put under its own principle: a question about something else would teach the judge to ignore the question.
+    """
     turns: Messages = []
-    question = run.constitution.principles[0].comparison_question()
-    template = templates("compare")["compare"]
-    for example in run.constitution.comparisons[: run.recipe.label.few_shot]:
-        text = template.render(prompt=example.prompt, first=example.first, second=example.second, question=question)
-        turns += [{"role": "user", "content": text}, *assistant(OPTIONS[example.better == "second"])]
+    for index, example in enumerate(run.constitution.comparisons[: run.recipe.label.few_shot]):
+        principle = run.constitution.principle(example.principle)
+        pair = Pair(f"worked-{index}", example.prompt, example.first, example.second, principle)
+        turns += [_request(template, pair), *assistant(OPTIONS[example.better == "second"])]
     return turns
 
 
-def _request(pair: Pair, *, swapped: bool) -> str:
+def _request(template: Template, pair: Pair, *, swapped: bool = False) -> Message:
     first, second = (pair.second, pair.first) if swapped else (pair.first, pair.second)
-    return templates("compare")["compare"].render(
-        prompt=pair.prompt, first=first, second=second, question=pair.principle.comparison_question()
-    )
+    question = pair.principle.comparison_question()
+    text = template.render(prompt=pair.prompt, first=first, second=second, question=question)
+    return {"role": "user", "content": text}
 
 
 def _verdict(given: Sequence[float], swapped: Sequence[float], space: str) -> Verdict:
-    import math
-
     logits = (given[0] - given[1], swapped[0] - swapped[1])
     both = agreement.both_orders(*logits, space="logit" if space == "logit" else "probability")
     mass = statistics.fmean(sum(map(math.exp, row)) for row in (given, swapped))
@@ -93,15 +96,15 @@ def _verdict(given: Sequence[float], swapped: Sequence[float], space: str) -> Ve
 def measure(run: Run, stage: str, engine: Engine) -> dict[str, Any] | None:
     """Run the judge on the constitution's tests; None where there are none.
 
-    Which side of a test is shown first in the given order alternates, and both orders are asked anyway.
+    A test that names no principle is judged under the first one. A verdict without a side counts as wrong.
     """
     tests = run.constitution.tests
     if not tests:
         return None
-    pairs = []
-    for index, test in enumerate(tests):
-        principle = run.constitution.principle(test.principle) if test.principle else run.constitution.principles[0]
-        pairs.append(Pair(f"test-{index}", test.prompt, test.better, test.worse, principle))
+    pairs = [
+        Pair(f"test-{index}", test.prompt, test.better, test.worse, run.constitution.principle(test.principle))
+        for index, test in enumerate(tests)
+    ]
     verdicts = judge(run, stage, engine, pairs, "judge on the constitution's tests")
     right = [verdict.strength > 0 for verdict in verdicts]
     return {

@@ -80,7 +80,9 @@ def label(run: Run) -> dict[str, Any]:
         made, aside, extra = {"judge": by_judge, "revision": by_revision, "contrast": by_contrast}[method](
             run, base, engine
         )
-        comparisons, unused = comparisons + made, unused + aside
+        taken = {row.id for row in comparisons}
+        unused += aside + [{"id": row.id, "reason": "in a file of labels already"} for row in made if row.id in taken]
+        comparisons += [row for row in made if row.id not in taken]
     if not comparisons:
         raise DataError(f"{folder}: no comparison is usable; {len(unused)} were set aside: {_reasons(unused)}.")
     quality |= {
@@ -103,9 +105,9 @@ def human_labels(run: Run) -> tuple[list[Comparison], list[dict[str, Any]]]:
         imported = read_labels(path, tag=settings.tag, annotator=settings.annotator, seed=run.recipe.seed)
         for row in imported.comparisons:
             if row.id in comparisons:
-                unused.append({"reason": "stands in two files", "row": row.model_dump()})
+                unused.append({"file": path.name, "reason": "stands in two files", "row": row.model_dump()})
             comparisons.setdefault(row.id, row)
-        unused += imported.unused
+        unused += [{"file": path.name, **row} for row in imported.unused]
     return list(comparisons.values()), unused
 
 
@@ -164,43 +166,50 @@ def by_judge(run: Run, base: SharedBase, engine: Engine) -> Labels:
 
 def by_revision(run: Run, base: SharedBase, engine: Engine) -> Labels:
     """Prefer revisions to initial responses, and plain responses to needless refusals."""
-    settings = run.recipe.revise
+    must_refuse = run.recipe.revise.must_refuse_tags
     comparisons: list[Comparison] = []
     unused: list[dict[str, Any]] = []
     plain: list[Chain] = []
-    known = {prompt.id: prompt for prompt in run.prompts}
-    for _, row in read_jsonl(run.output("revise", "chains.jsonl")):
-        prompt = known[row["prompt_id"]]
+    for prompt, row in revised_chains(run):
         if not row["steps"]:
             plain.append(Chain(prompt, row["response"], row["ended"]))
             continue
         revision = row["steps"][-1]
         principle = run.constitution.principle(revision["principle"])
         reason = row["reason"] or _unusable(revision["revision"], row["response"])
-        if reason is None and prompt.tag in settings.must_refuse_tags and filters.is_refusal(row["response"]):
+        if reason is None and prompt.tag in must_refuse and filters.is_refusal(row["response"]):
             reason = "the initial response declines already"
         if reason:
             unused.append({"id": prompt.id, "reason": reason, "texts": [revision["revision"], row["response"]]})
             continue
         vote = {"annotator": "revision", "principle": principle.id, "critique": revision["critique"]}
-        comparisons.append(
-            _comparison(
-                run,
-                prompt,
-                revision["revision"],
-                row["response"],
-                1.0,
-                "revision",
-                "construction",
-                [vote],
-                principle,
-            )
-        )
-    wanted = run.recipe.label.prompts_per_tag
-    if wanted:
-        plain = [c for tag, count in wanted.items() for c in [c for c in plain if c.prompt.tag == tag][:count]]
+        texts = revision["revision"], row["response"]
+        comparisons.append(_comparison(run, prompt, *texts, 1.0, "revision", "construction", [vote], principle))
     made, aside = needless_refusals(run, engine, plain)
     return comparisons + made, unused + aside, {}
+
+
+def revised_chains(run: Run) -> list[tuple[Prompt, dict[str, Any]]]:
+    """Return the chains of the revise stage: the first so many of each named tag, or all where no tag is named.
+
+    Raises:
+        StageError: a chain's prompt is not in the prompt sets (any more).
+    """
+    path, wanted = run.output("revise", "chains.jsonl"), run.recipe.label.prompts_per_tag
+    known = {prompt.id: prompt for prompt in run.prompts}
+    seen: Counter[str] = Counter()
+    result = []
+    for line, row in read_jsonl(path):
+        prompt = known.get(row["prompt_id"])
+        if prompt is None:
+            raise StageError(
+                f"{path}:{line}: the prompt `{row['prompt_id']}` is not in the recipe's prompt sets. Run the stage "
+                f"`revise` again: rlaif revise {run.loaded.path}"
+            )
+        seen[prompt.tag] += 1
+        if not wanted or seen[prompt.tag] <= wanted.get(prompt.tag, 0):
+            result.append((prompt, row))
+    return result
 
 
 def needless_refusals(
@@ -226,19 +235,8 @@ def needless_refusals(
             unused.append({"id": chain.prompt.id, "reason": reason, "texts": [chain.response, step.revision]})
             continue
         vote = {"annotator": "revision", "principle": step.principle.id, "critique": step.critique}
-        comparisons.append(
-            _comparison(
-                run,
-                chain.prompt,
-                chain.response,
-                step.revision,
-                1.0,
-                "revision",
-                "construction",
-                [vote],
-                None,
-            )
-        )
+        texts = chain.response, step.revision
+        comparisons.append(_comparison(run, chain.prompt, *texts, 1.0, "revision", "construction", [vote], None))
     return comparisons, unused
 
 

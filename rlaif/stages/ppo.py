@@ -21,11 +21,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rlaif import files
+from rlaif.errors import DataError
 from rlaif.maths.advantages import gae, token_rewards
 from rlaif.maths.kl import AdaptiveKl, FixedKl
 from rlaif.maths.losses import clipped_policy_loss, clipped_value_loss, entropy, explained_variance
 from rlaif.maths.masking import masked_mean, masked_whiten
 from rlaif.model import sampling
+from rlaif.model.roles import SharedBase
 from rlaif.model.sampling import Batch
 from rlaif.recipe import PpoSection
 from rlaif.records import Prompt, read_jsonl
@@ -72,6 +74,7 @@ def ppo(run: Run) -> dict[str, Any]:
     prompts = run.select("train", settings.prompts_per_tag)
     actors = assign_roles(run)
     base = actors.base
+    refuse_long(base, prompts, settings.sampling.max_new_tokens)
     trainable = {role: [p for _, p in base.named_parameters_of(role)] for role in (POLICY, CRITIC)}
     optimizer = torch.optim.AdamW(
         [p for group in trainable.values() for p in group],
@@ -142,6 +145,21 @@ def ppo(run: Run) -> dict[str, Any]:
                 save(run, base, optimizer, kl, update + 1)
             task.advance(1, tokens=int(mask.sum()), note=f"score {scores.mean():.2f} kl {divergence.mean():.2f}")
     return finish(run, actors)
+
+
+def refuse_long(base: SharedBase, prompts: list[Prompt], max_new_tokens: int) -> None:
+    """Stop where a prompt and its response do not fit the model's context.
+
+    Raises:
+        DataError: the first such prompt, with its length.
+    """
+    for prompt in prompts:
+        length = len(base.tokenizer.prompt(prompt.messages))
+        if length + max_new_tokens > base.max_length:
+            raise DataError(
+                f"ppo: `{prompt.id}`: {length} prompt tokens and {max_new_tokens} new ones; the model's context holds "
+                f"{base.max_length}. Shorten the prompt, or lower ppo.sampling.max_new_tokens."
+            )
 
 
 def prompts_of_update(run: Run, prompts: list[Prompt], update: int) -> list[Prompt]:

@@ -27,7 +27,8 @@ from rlaif.records import Demonstration, Messages, Prompt, assistant
 from rlaif.stages.run import Run, templates
 
 NAME = "revise"
-_SENTENCE_END = re.compile(r'[.!?]["\')\]]?(?=\s|$)')
+# The number that opens a line of a list is matched as well, so that its full stop ends no sentence.
+_SENTENCE_END = re.compile(r"""^\s*\d+[.)](?=\s|$)|(?P<end>[.!?]["'”’)\]*]*)(?=\s|$)""", re.MULTILINE)
 
 
 @dataclass
@@ -152,8 +153,8 @@ def whole_sentences(answer: Answer) -> tuple[str, bool]:
     """Trim a response that the token limit cut to its last whole sentence; tell whether it now ends properly."""
     if answer.ended:
         return answer.text, True
-    ends = list(_SENTENCE_END.finditer(answer.text))
-    return (answer.text[: ends[-1].end()], True) if ends else (answer.text, False)
+    ends = [match.end() for match in _SENTENCE_END.finditer(answer.text) if match["end"]]
+    return (answer.text[: ends[-1]], True) if ends else (answer.text, False)
 
 
 def unquoted(text: str) -> str:
@@ -194,6 +195,7 @@ def problem(run: Run, chain: Chain) -> str | None:
 def write(run: Run, chains: Sequence[Chain]) -> dict[str, Any]:
     """Sort chains into demonstrations and quarantine, write the stage's files and return the counts."""
     folder = run.stage_folder(NAME)
+    hashes = {name: template.hash for name, template in templates("critique", "revise").items()}
     kept: list[Demonstration] = []
     aside: list[dict[str, Any]] = []
     rows: list[dict[str, Any]] = []
@@ -205,7 +207,7 @@ def write(run: Run, chains: Sequence[Chain]) -> dict[str, Any]:
         reason: str | None = None
         for version in versions or [whole]:
             reason = problem(run, version)
-            row = demonstration(run, version)
+            row = demonstration(run, version, hashes)
             if reason is None:
                 kept.append(row)
             else:
@@ -249,7 +251,7 @@ def chain_row(chain: Chain, reason: str | None) -> dict[str, Any]:
     }
 
 
-def demonstration(run: Run, chain: Chain) -> Demonstration:
+def demonstration(run: Run, chain: Chain, template_hashes: dict[str, str]) -> Demonstration:
     """Return a chain's latest text as a demonstration that says where it came from."""
     principle = chain.steps[-1].principle if chain.steps else None
     return Demonstration(
@@ -266,7 +268,7 @@ def demonstration(run: Run, chain: Chain) -> Demonstration:
             "constitution_hash": run.constitution.hash,
             "principle": principle.id if principle else None,
             "principle_hash": principle.hash if principle else None,
-            "templates": {name: template.hash for name, template in templates("critique", "revise").items()},
+            "templates": template_hashes,
             "model": run.recipe.model.model_name_or_path,
             "seed": run.recipe.seed,
         },

@@ -28,7 +28,7 @@ from rlaif.model import sampling
 from rlaif.model.roles import SharedBase
 from rlaif.records import Comparison, read_rows, text_of
 from rlaif.stages.run import Run
-from rlaif.stages.training import Recorder, arguments, resume_point, steps_of
+from rlaif.stages.training import Recorder, arguments, resume_point, step_of, steps_of
 
 NAME = "reward"
 ROLE = "reward"
@@ -112,16 +112,20 @@ def reward(run: Run) -> dict[str, Any]:
     comparisons = read_rows(run.output("label", "comparisons.jsonl"), Comparison)
     base = run.load_base()
     base.add_role(ROLE, trainable=True, head=True)
+    head = dict(base.named_parameters_of(ROLE))[f"heads.{ROLE}.weight"]
+    nn.init.normal_(head, std=(base.hidden_size + 1) ** -0.5)  # Huang et al. 2024, detail 11
     fitting = [row for row in comparisons if _length(base, row) <= min(settings.max_length, base.max_length)]
     split = split_pairs(fitting, settings.heldout_fraction)
-    if not split.train or not split.heldout:
+    decided = [row for row in split.heldout if row.preference > 0.5]
+    if not split.train or not decided:
         raise DataError(
             f"{folder}: {len(comparisons)} comparisons, {len(fitting)} of them short enough, give {len(split.train)} "
-            f"to train on and {len(split.heldout)} to measure with; both need some. Label more, or raise max_length."
+            f"to train on and {len(decided)} to measure with that prefer one answer; both need some. Label more, or "
+            "raise reward.max_length or reward.heldout_fraction."
         )
     steps = steps_of(settings, len(split.train))
     checkpoint = resume_point(run, folder)
-    with run.progress.task("training", steps) as task, base.acting_as(ROLE, training=True):
+    with run.progress.task("training", steps - step_of(checkpoint)) as task, base.acting_as(ROLE, training=True):
         trainer = RewardTrainer(
             model=PairScorer(base),
             args=TrainingArguments(**arguments(run, settings, folder)),
@@ -172,18 +176,19 @@ def collate(base: SharedBase, rows: Sequence[dict[str, Any]]) -> dict[str, Tenso
 
 
 def split_pairs(rows: Sequence[Comparison], fraction: float) -> Split:
-    """Hold out pairs by prompt, for each tag: those marked ``eval``, else a share chosen by a hash of the prompt."""
-    train: list[Comparison] = []
-    heldout: list[Comparison] = []
+    """Hold out pairs by prompt, for each tag: those marked ``eval``, else a share chosen by a hash of the prompt.
+
+    All pairs of a prompt stand on one side, whatever their tags and marks: measured is what was never trained on.
+    """
+    out: set[str] = set()
     for tag in sorted({row.tag for row in rows}):
         group = [row for row in rows if row.tag == tag]
-        marked = [row for row in group if row.split == "eval"]
+        marked = {_prompt_key(row) for row in group if row.split == "eval"}
         prompts = sorted({_prompt_key(row) for row in group})
-        chosen = set(prompts[: math.ceil(fraction * len(prompts))] if fraction else [])
-        for row in group:
-            out = row.split == "eval" if marked else _prompt_key(row) in chosen
-            (heldout if out else train).append(row)
-    return Split(train, heldout)
+        out |= marked or set(prompts[: math.ceil(fraction * len(prompts))])
+    ordered = sorted(rows, key=lambda row: row.tag)  # stable: within a tag as in the file
+    train = [row for row in ordered if _prompt_key(row) not in out]
+    return Split(train, [row for row in ordered if _prompt_key(row) in out])
 
 
 def _prompt_key(row: Comparison) -> str:

@@ -4,6 +4,7 @@ A function has TRL's signature, ``f(prompts, completions, **columns) -> list[flo
 by its entry point in the group ``rlaif.rewards``; a recipe cannot name arbitrary code.
 """
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from importlib.metadata import entry_points
@@ -13,14 +14,15 @@ from rlaif.errors import ConfigError, DataError
 
 GROUP = "rlaif.rewards"
 RewardFunction = Callable[..., list[float | None]]
-_WORD = re.compile(r"[A-Za-z']+")
+_WORD = re.compile(r"[A-Za-z]+(?:['’][A-Za-z]+)*")
+_WITHOUT_WORDS = -10.0  # less than any plain text, so that saying nothing does not pay
 
 
 def find_function(name: str) -> RewardFunction:
     """Return a registered scoring function.
 
     Raises:
-        ConfigError: no package registers this name.
+        ConfigError: no package registers this name, or what it registers cannot be loaded.
     """
     known = {entry.name: entry for entry in entry_points(group=GROUP)}
     if name not in known:
@@ -28,7 +30,13 @@ def find_function(name: str) -> RewardFunction:
             f"ppo.reward_function: `{name}` is not registered; known: {', '.join(sorted(known)) or 'none'}. A package "
             f"registers its own under the entry-point group `{GROUP}`."
         )
-    function: RewardFunction = known[name].load()
+    try:
+        function: RewardFunction = known[name].load()
+    except (ImportError, AttributeError) as problem:
+        raise ConfigError(
+            f"ppo.reward_function: `{name}` is registered as `{known[name].value}`, which cannot be loaded: {problem}. "
+            "Mend or reinstall the package."
+        ) from None
     return function
 
 
@@ -43,21 +51,27 @@ def call_function(
     scores = function(prompts=list(prompts), completions=list(responses), **columns)
     if len(scores) != len(responses):
         raise DataError(f"reward function `{name}`: {len(scores)} scores for {len(responses)} responses.")
-    for index, score in enumerate(scores):
-        if score is None or score != score or abs(score) == float("inf"):
-            raise DataError(
-                f"reward function `{name}`: score {index} is {score}; PPO needs a finite number for each row."
-            )
-    return [float(score) for score in scores if score is not None]
+    return [_finite(name, index, score) for index, score in enumerate(scores)]
+
+
+def _finite(name: str, index: int, score: Any) -> float:
+    try:
+        number = float(score)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise DataError(f"reward function `{name}`: score {index} is {score}; PPO needs a finite number for each row.")
+    return number
 
 
 def plain_words(prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list[float | None]:
-    """Score how plainly a response is written: minus the mean number of letters of its words, 0 without words.
+    """Score how plainly a response is written: minus the mean number of letters of its words, -10 without words.
 
     The known reward of ``recipes/known-reward.yaml``: its true value is computable, so an improvement is a fact.
     """
     results: list[float | None] = []
     for text in completions:
         words = _WORD.findall(text)
-        results.append(-sum(map(len, words)) / len(words) if words else -10.0)
+        letters = sum(char.isalpha() for word in words for char in word)
+        results.append(-letters / len(words) if words else _WITHOUT_WORDS)
     return results

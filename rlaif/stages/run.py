@@ -55,15 +55,22 @@ class Run:
         """All prompts of the recipe's prompt sets, in file order.
 
         Raises:
-            DataError: a broken row, or an id or a prompt that stands in two files.
+            DataError: a broken row, an id that stands in two files, or a text that stands in both splits.
         """
         rows: list[Prompt] = []
         origin: dict[str, Path] = {}
+        texts: dict[str, Prompt] = {}
         for path in self.loaded.prompts:
             for row in read_rows(path, Prompt):
                 if row.id in origin:
                     raise DataError(f"{path}: the prompt id `{row.id}` stands already in {origin[row.id]}.")
                 origin[row.id] = path
+                twin = texts.setdefault(" ".join(row.prompt.casefold().split()), row)
+                if twin.split != row.split:
+                    raise DataError(
+                        f"{path}: `{row.id}` ({row.split}) has the text of `{twin.id}` ({twin.split}) in "
+                        f"{origin[twin.id]}; what is trained on cannot measure. Remove one, or give both one split."
+                    )
                 rows.append(row)
         return rows
 

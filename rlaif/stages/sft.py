@@ -18,7 +18,7 @@ from rlaif.errors import DataError
 from rlaif.model.roles import SharedBase
 from rlaif.records import Demonstration, read_rows, text_of
 from rlaif.stages.run import Run
-from rlaif.stages.training import Recorder, arguments, last_metrics, resume_point, steps_of
+from rlaif.stages.training import Recorder, arguments, last_metrics, resume_point, step_of, steps_of
 
 NAME = "sft"
 ROLE = "policy"
@@ -43,14 +43,19 @@ def sft(run: Run) -> dict[str, Any]:
     base = run.load_base()
     base.add_role(ROLE, trainable=True)
     encoded = [(row, encode(base, row)) for row in rows]
-    short = [pair for pair in encoded if len(pair[1]["input_ids"]) <= settings.max_length]
+    longest = min(settings.max_length, base.max_length)
+    short = [pair for pair in encoded if len(pair[1]["input_ids"]) <= longest]
     heldout = [e for row, e in short if _held_out(row, settings.heldout_fraction)]
     train = [e for row, e in short if not _held_out(row, settings.heldout_fraction)]
     if not train:
-        raise DataError(f"{folder}: no demonstration is left to train on; {len(rows)} rows, {len(heldout)} held out.")
+        raise DataError(
+            f"{folder}: no demonstration is left to train on; of {len(rows)} rows {len(rows) - len(short)} are longer "
+            f"than {longest} tokens and {len(heldout)} are held out. Raise sft.max_length, lower sft.heldout_fraction, "
+            "or revise more prompts."
+        )
     steps = steps_of(settings, len(train))
     checkpoint = resume_point(run, folder)
-    with run.progress.task("training", steps) as task, base.acting_as(ROLE, training=True):
+    with run.progress.task("training", steps - step_of(checkpoint)) as task, base.acting_as(ROLE, training=True):
         trainer = _trainer(run, base, train, heldout, Recorder(folder, NAME, task))
         if checkpoint is None and heldout:
             trainer.evaluate()

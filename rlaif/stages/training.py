@@ -1,5 +1,6 @@
 """What the stages that train with `transformers.Trainer` share: arguments, checkpoints that are complete, metrics."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import set_seed
 
 from rlaif import files
+from rlaif.errors import StageError
 from rlaif.progress import Task
 from rlaif.recipe import TrainingSection
 from rlaif.records import read_jsonl
@@ -18,8 +20,13 @@ CHECKPOINTS = "checkpoints"
 
 
 def arguments(run: Run, settings: TrainingSection, folder: Path) -> dict[str, Any]:
-    """Return the keyword arguments of `TrainingArguments` for one stage of a run."""
+    """Return the keyword arguments of `TrainingArguments` for one stage of a run.
+
+    A checkpoint keeps no sums that wait to be logged, so checkpoints are written at steps that are logged: `save_steps`
+    is rounded up to a multiple of `logging_steps`.
+    """
     set_seed(run.recipe.seed)
+    save_steps = -(-settings.save_steps // settings.logging_steps) * settings.logging_steps
     return {
         "output_dir": str(folder / CHECKPOINTS),
         "seed": run.recipe.seed,
@@ -36,7 +43,7 @@ def arguments(run: Run, settings: TrainingSection, folder: Path) -> dict[str, An
         "logging_steps": settings.logging_steps,
         "logging_strategy": "steps",
         "save_strategy": "steps",
-        "save_steps": settings.save_steps,
+        "save_steps": save_steps,
         "save_total_limit": 2,
         "report_to": settings.report_to,
         "bf16": False,
@@ -49,17 +56,31 @@ def arguments(run: Run, settings: TrainingSection, folder: Path) -> dict[str, An
 
 
 def resume_point(run: Run, folder: Path) -> str | None:
-    """Return the newest complete checkpoint and cut the metrics back to its step, or start the metrics anew."""
+    """Return the newest complete checkpoint and cut the metrics back to its step, or start the metrics anew.
+
+    The held-out loss after the last step is measured again, so its row goes. Unfinished checkpoints are removed, so
+    that none is taken for a newer one later.
+    """
     checkpoint = files.newest_complete(folder / CHECKPOINTS, "checkpoint-*")
-    step = int(checkpoint.name.rsplit("-", 1)[1]) if checkpoint else 0
+    step = step_of(checkpoint)
+    for other in (folder / CHECKPOINTS).glob("checkpoint-*"):
+        if checkpoint is None or step_of(other) > step:
+            files.remove_folder(other)
     path = folder / METRICS
     if path.exists():
         files.repair_jsonl(path)
     rows = [row for _, row in read_jsonl(path)] if path.exists() else []
-    files.write_jsonl(path, [row for row in rows if row["step"] <= step] if checkpoint else [])
+    again = [row for row in rows if row["step"] == step and any(key.endswith("/heldout_loss") for key in row)]
+    kept = [row for row in rows if row["step"] <= step and row not in again] if checkpoint else []
+    files.write_jsonl(path, kept)
     if checkpoint:
         run.progress.say(f"  continuing after step {step}")
     return str(checkpoint) if checkpoint else None
+
+
+def step_of(checkpoint: str | Path | None) -> int:
+    """Return the step in the name of a checkpoint's folder; 0 for none."""
+    return int(Path(checkpoint).name.rsplit("-", 1)[1]) if checkpoint else 0
 
 
 class Recorder(TrainerCallback):  # type: ignore[misc]
@@ -76,13 +97,24 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
         logs: Any = None,
         **_: Any,
     ) -> None:
-        """Keep the finite numbers of a log entry under this package's names."""
+        """Keep the numbers of a log entry under this package's names.
+
+        Raises:
+            StageError: the loss is not a finite number, so that training on would be in vain.
+        """
+        loss = (logs or {}).get("loss", 0.0)
+        if not math.isfinite(loss):
+            raise StageError(
+                f"{self._prefix}: the loss is {loss} at step {state.global_step}. Lower {self._prefix}.learning_rate "
+                f"or {self._prefix}.max_grad_norm, then run again."
+            )
         names = {"grad_norm": "gradient_norm", "eval_loss": "heldout_loss"}
         skipped = ("epoch", "total_flos", "num_tokens", "entropy", "mean_token_accuracy")
         row = {
             f"{self._prefix}/{names.get(key, key)}": value
             for key, value in (logs or {}).items()
             if isinstance(value, int | float)
+            and math.isfinite(value)
             and key not in skipped
             and not key.startswith("train_")
             and not (key.startswith("eval_") and key != "eval_loss")
@@ -113,4 +145,4 @@ def steps_of(settings: TrainingSection, rows: int) -> int:
     if settings.max_steps > 0:
         return settings.max_steps
     per_step = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
-    return max(1, round(settings.num_train_epochs * -(-rows // per_step)))
+    return max(1, math.ceil(settings.num_train_epochs * -(-rows // per_step)))

@@ -1,0 +1,112 @@
+"""People's labels: files of this package as they are, others imported, and what became of the rows."""
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlaif.documents import shipped
+from rlaif.errors import DataError
+from rlaif.human.labels import read_labels, summary
+from rlaif.records import Comparison, assistant, read_rows
+
+OURS = Comparison(
+    id="c1",
+    prompt=[{"role": "user", "content": "P"}],
+    chosen=assistant("good"),
+    rejected=assistant("bad"),
+    preference=0.8,
+    margin=1.5,
+    source="ai",
+    annotator="judge",
+    split="eval",
+    votes=[{"annotator": "judge", "strength": 1.4}],
+    flags=["odd"],
+    provenance={"prompt_id": "h1"},
+)
+THEIRS = [{"prompt": f"How is number {n}?", "chosen": f"good {n}", "rejected": f"bad {n}"} for n in range(40)]
+
+
+def written(path: Path, *rows: Any) -> Path:
+    text = "".join((row.model_dump_json() if isinstance(row, Comparison) else json.dumps(row)) + "\n" for row in rows)
+    path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
+    return path
+
+
+@pytest.mark.parametrize("name", ["ours.jsonl", "ours.jsonl.gz"])
+def test_comparisons_of_this_package_come_back_as_they_were(name: str, tmp_path: Path) -> None:
+    second = OURS.model_copy(update={"id": "c2", "tag": "harmful"})
+    found = read_labels(written(tmp_path / name, OURS, second), annotator="someone", seed=5)
+    assert found == ([OURS, second], [], "rlaif")
+
+
+def test_a_tag_is_given_to_rows_that_bring_none(tmp_path: Path) -> None:
+    tagged = OURS.model_copy(update={"id": "c2", "tag": "harmful"})
+    found = read_labels(written(tmp_path / "ours.jsonl", OURS, tagged), tag="mine")
+    assert [row.tag for row in found.comparisons] == ["mine", "harmful"]
+    theirs = read_labels(written(tmp_path / "theirs.jsonl", THEIRS[0] | {"tag": "t"}, THEIRS[1]), tag="mine")
+    assert [row.tag for row in theirs.comparisons] == ["t", "mine"]
+
+
+def test_a_wrong_row_of_this_package_is_named_with_its_line(tmp_path: Path) -> None:
+    path = written(tmp_path / "ours.jsonl", OURS, OURS.model_copy(update={"preference": 0.2}))
+    with pytest.raises(DataError, match=r"ours\.jsonl:2: preference: Input should be greater than or equal to 0\.5"):
+        read_labels(path)
+
+
+@pytest.mark.parametrize("name", ["theirs.jsonl", "theirs.jsonl.gz"])
+def test_another_projects_file_is_imported(name: str, tmp_path: Path) -> None:
+    empty = {"prompt": "P", "chosen": "", "rejected": "b"}
+    found = read_labels(written(tmp_path / name, *THEIRS, empty), annotator="ann", seed=1)
+    assert found.format == "trl" and len(found.comparisons) == 40
+    assert [(row["line"], row["reason"]) for row in found.unused] == [(41, "empty chosen")]
+    row = found.comparisons[0]
+    assert (row.annotator, row.source, row.preference) == ("ann", "human", 1.0)
+    splits = [row.split for row in found.comparisons]
+    assert {"train", "eval"} == set(splits)
+    other = read_labels(written(tmp_path / name, *THEIRS), annotator="ann", seed=2)
+    assert splits != [row.split for row in other.comparisons]
+
+
+def test_imported_rows_that_are_written_and_read_again_are_the_same(tmp_path: Path) -> None:
+    found = read_labels(written(tmp_path / "theirs.jsonl", *THEIRS), tag="t")
+    again = read_labels(written(tmp_path / "again.jsonl", *found.comparisons), tag="other", annotator="other", seed=9)
+    assert again.comparisons == found.comparisons == read_rows(tmp_path / "again.jsonl", Comparison)
+
+
+def test_the_shipped_example_is_usable_throughout() -> None:
+    found = read_labels(shipped("recipes") / "human-example.jsonl")
+    assert len(found.comparisons) == 40 and found.unused == []
+
+
+def test_a_file_that_does_not_exist_or_is_no_json_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"nosuch\.jsonl: no such file"):
+        read_labels(tmp_path / "nosuch.jsonl")
+    (tmp_path / "broken.jsonl").write_text('{"prompt": \n')
+    with pytest.raises(DataError, match=r"broken\.jsonl:1: not a JSON object"):
+        read_labels(tmp_path / "broken.jsonl")
+
+
+def test_the_summary_counts_every_row(tmp_path: Path) -> None:
+    same = {"prompt": "P", "chosen": "a", "rejected": "a"}
+    rows = [*THEIRS, same, same | {"prompt": "Q"}, {"prompt": "P", "chosen": "", "rejected": "b"}]
+    found = read_labels(written(tmp_path / "theirs.jsonl", *rows))
+    held = sum(row.split == "eval" for row in found.comparisons)
+    assert 0 < held < 40
+    assert summary(found, Path("out.jsonl"), Path("unused.jsonl")).splitlines() == [
+        "43 rows (trl): 40 comparisons -> out.jsonl",
+        f"  for training {40 - held}, held out {held}",
+        "  not usable 3 -> unused.jsonl",
+        "    identical answers: 2",
+        "    empty chosen: 1",
+    ]
+
+
+def test_the_summary_of_a_file_without_unusable_rows_is_short(tmp_path: Path) -> None:
+    found = read_labels(written(tmp_path / "ours.jsonl", OURS))
+    assert summary(found, Path("out.jsonl"), Path("unused.jsonl")).splitlines() == [
+        "1 rows (rlaif): 1 comparisons -> out.jsonl",
+        "  for training 0, held out 1",
+    ]

@@ -1,0 +1,77 @@
+"""Reward functions: found by name, checked row by row; and the one whose values are known."""
+
+from importlib.metadata import EntryPoint
+from typing import Any
+
+import pytest
+
+from rlaif.errors import ConfigError, DataError
+from rlaif.stages import rewards
+from rlaif.stages.rewards import call_function, find_function, plain_words
+
+
+def test_a_registered_function_is_found() -> None:
+    assert find_function("plain_words") is plain_words
+
+
+def test_an_unknown_function_is_named_with_those_that_are_known() -> None:
+    with pytest.raises(ConfigError) as caught:
+        find_function("plain_word")
+    assert "ppo.reward_function: `plain_word` is not registered; known: plain_words" in str(caught.value)
+    assert "`rlaif.rewards`" in str(caught.value)
+
+
+@pytest.mark.parametrize("value", ["no_such_module_at_all:score", "rlaif.stages.rewards:no_such_function"])
+def test_a_registered_function_that_cannot_be_loaded_is_an_error(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = EntryPoint("mine", value, rewards.GROUP)
+    monkeypatch.setattr(rewards, "entry_points", lambda group: [entry])
+    with pytest.raises(ConfigError, match=f"`mine` is registered as `{value}`, which cannot be loaded: .*no_such"):
+        find_function("mine")
+
+
+def test_a_function_gets_lists_and_columns_and_returns_a_number_for_each_response() -> None:
+    def score(prompts: list[str], completions: list[str], **columns: Any) -> list[float | None]:
+        assert (prompts, completions, columns) == (["P", "Q"], ["R", "S"], {"tag": ["t", "u"]})
+        return [1, 2.5]
+
+    assert call_function("score", score, ("P", "Q"), ("R", "S"), tag=["t", "u"]) == [1.0, 2.5]
+
+
+@pytest.mark.parametrize(
+    ("scores", "complaint"),
+    [
+        ([1.0], "reward function `f`: 1 scores for 2 responses."),
+        ([1.0, 2.0, 3.0], "reward function `f`: 3 scores for 2 responses."),
+        ([1.0, None], "reward function `f`: score 1 is None; PPO needs a finite number for each row."),
+        ([float("nan"), 1.0], "reward function `f`: score 0 is nan; PPO needs a finite number for each row."),
+        ([1.0, float("-inf")], "reward function `f`: score 1 is -inf; PPO needs a finite number for each row."),
+        ([1.0, "high"], "reward function `f`: score 1 is high; PPO needs a finite number for each row."),
+        ([[1.0], 1.0], r"reward function `f`: score 0 is [1.0]; PPO needs a finite number for each row."),
+    ],
+)
+def test_what_is_no_finite_number_is_an_error(scores: list[Any], complaint: str) -> None:
+    with pytest.raises(DataError) as caught:
+        call_function("f", lambda prompts, completions: scores, ["P", "Q"], ["R", "S"])
+    assert str(caught.value) == complaint
+
+
+@pytest.mark.parametrize(
+    ("text", "score"),
+    [
+        ("a", -1.0),
+        ("a cat sat", -(1 + 3 + 3) / 3),
+        ("I don't know.", -(1 + 4 + 4) / 3),
+        ("It’s so, isn’t it?", -(3 + 2 + 4 + 2) / 4),
+        ("well-known facts", -(4 + 5 + 5) / 3),
+        ("12 eggs, 3 cups", -(4 + 4) / 2),
+        ("", -10.0),
+        ("12 34 !?", -10.0),
+        ("' '' '", -10.0),
+    ],
+)
+def test_plain_words_score_minus_the_mean_number_of_letters(text: str, score: float) -> None:
+    assert plain_words(["P"], [text], tag=["t"]) == [pytest.approx(score)]
+
+
+def test_plain_words_score_each_response() -> None:
+    assert plain_words(["P", "Q"], ["to be", "incomprehensible"]) == [-2.0, -16.0]
