@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from rlaif.errors import StageError
+from rlaif.errors import DataError, StageError
 from rlaif.model import sampling
 from rlaif.model.roles import BASE, SharedBase
 from rlaif.pipeline import open_run
@@ -40,11 +40,21 @@ class Conversation:
         self._turns: dict[str, Messages] = {BASE: [], ALIGNED: []}
 
     def ask(self, text: str) -> dict[str, str]:
-        """Put one question to both; return their answers by role."""
+        """Put one question to both; return their answers by role.
+
+        Raises:
+            DataError: the conversation no longer fits the model's context.
+        """
         answers = {}
         for role, turns in self._turns.items():
             turns.append({"role": "user", "content": text})
             prompt = self._base.tokenizer.prompt(turns)
+            if len(prompt) + int(self._settings["max_new_tokens"]) > self._base.max_length:
+                raise DataError(
+                    f"the conversation has {len(prompt)} tokens; with {self._settings['max_new_tokens']} new ones it "
+                    f"does not fit the model's context of {self._base.max_length}. Start a new one, or lower "
+                    "--max-new-tokens."
+                )
             with self._base.acting_as(role):
                 drawn = sampling.sample(
                     self._base,

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import logging
 import shlex
 import shutil
 import sys
@@ -24,8 +25,9 @@ STAGE_TITLES = {
 }
 
 INTERRUPTED = 130
+_NOISY = ("bitsandbytes.backends.cpu.ops", "transformers.trainer_utils")  # an optional kernel; how files are sorted
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_TORCH_WRITER = "inline_container.cc"  # the file that torch.save complains from
+_TORCH_WRITER = ("inline_container.cc", "iostream error")  # what torch.save says of a disk
 
 app = typer.Typer(
     help="From a constitution file to an aligned LoRA adapter on one GPU.",
@@ -59,12 +61,13 @@ def run(
     until: Annotated[str | None, typer.Option("--until", metavar="STAGE", help="Stop after this stage.")] = None,
 ) -> None:
     """Run a recipe: all stages that are not up to date, then the report."""
+    from rlaif.recipe import load_recipe
+
+    loaded = load_recipe(Path(recipe), set_)  # before torch is imported: mistakes are told at once
     from rlaif.pipeline import run_recipe
     from rlaif.progress import Progress
-    from rlaif.recipe import load_recipe
     from rlaif.report.run import write_report
 
-    loaded = load_recipe(Path(recipe), set_)
     progress = Progress()
     folder = run_recipe(loaded, progress, first=from_, last=until)
     progress.say(f"report: {write_report(folder)}")
@@ -72,11 +75,13 @@ def run(
 
 def _stage_command(stage: str) -> Callable[..., None]:
     def command(recipe: RecipeArgument, set_: SetOption = []) -> None:  # noqa: B006
-        from rlaif.pipeline import run_recipe
-        from rlaif.progress import Progress
         from rlaif.recipe import load_recipe
 
-        run_recipe(load_recipe(Path(recipe), set_), Progress(), only=stage)
+        loaded = load_recipe(Path(recipe), set_)
+        from rlaif.pipeline import run_recipe
+        from rlaif.progress import Progress
+
+        run_recipe(loaded, Progress(), only=stage)
 
     command.__doc__ = STAGE_TITLES[stage]
     return command
@@ -222,6 +227,8 @@ def main() -> None:
     """Run the command line: exit 2 for what the user can mend, 130 for an interrupt, 1 for a bug of ours."""
     # Other libraries' notes to their own developers; everything a user should act on is said by this package.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\..*")
+    for name in _NOISY:
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         app()
     except RlaifError as problem:
@@ -259,7 +266,7 @@ def _disk_is_full(problem: BaseException | None) -> bool:
     while problem is not None:
         if isinstance(problem, OSError) and problem.errno in _NO_SPACE:
             return True
-        if any(f"(os error {number})" in str(problem) for number in _NO_SPACE) or _TORCH_WRITER in str(problem):
+        if any(words in str(problem) for words in (*_TORCH_WRITER, *(f"(os error {code})" for code in _NO_SPACE))):
             return True
         problem = problem.__cause__ or problem.__context__
     return False

@@ -13,6 +13,7 @@ import resource
 import time
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from ruamel.yaml import YAML
 
@@ -94,7 +95,10 @@ def _write_recipe(run: Run) -> None:
     resolved["human"]["files"] = [str(path) for path in run.loaded.human_files]
     path = run.folder / "recipe.yaml"
     text = io.StringIO()
-    YAML(typ="safe", pure=True).dump(resolved, text)
+    yaml: Any = YAML(typ="safe", pure=True)
+    yaml.sort_base_mapping_type_on_output = False  # the order of tags is the order of prompts
+    yaml.width = 120
+    yaml.dump(resolved, text)
     files.write_text(path, text.getvalue())
 
 

@@ -61,6 +61,12 @@ class SamplingSection(Section):
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
 
 
+class WarmSamplingSection(SamplingSection):
+    """How responses are drawn where variety is wanted: at temperature 1."""
+
+    temperature: NonNegative = Field(1.0, description="0 is greedy")
+
+
 class TrainingSection(Section):
     """Keys of `transformers.TrainingArguments` that a stage passes through."""
 
@@ -118,7 +124,7 @@ class LabelSection(Section):
     """Where comparisons come from when `feedback` is `ai`."""
 
     method: Literal["judge", "revision", "contrast"] = "judge"
-    sampling: SamplingSection = SamplingSection(temperature=1.0)
+    sampling: WarmSamplingSection = WarmSamplingSection()
     prompts_per_tag: dict[str, Positive] = {}
     few_shot: int = Field(2, ge=0, description="worked comparisons of the constitution shown to the judge")
     debias: Literal["logit", "probability"] = Field("logit", description="space in which both orders are averaged")
@@ -149,7 +155,7 @@ class RewardSection(TrainingSection):
 class PpoSection(Section):
     """Proximal policy optimization."""
 
-    sampling: SamplingSection = SamplingSection(temperature=1.0)
+    sampling: WarmSamplingSection = WarmSamplingSection()
     prompts_per_tag: dict[str, Positive] = {}
     updates: Positive = Field(50, description="iterations of sample, score, optimize")
     rollout_batch: Positive = Field(16, description="prompts per iteration")
@@ -179,6 +185,10 @@ class PpoSection(Section):
 
     @model_validator(mode="after")
     def _divides(self) -> "PpoSection":
+        if self.sampling.temperature == 0 or self.sampling.top_p < 1:
+            raise ValueError(
+                "sampling: PPO needs a temperature above 0 and top_p 1: its ratios are of the distribution sampled from"
+            )
         responses = self.rollout_batch * self.samples_per_prompt
         if responses % self.minibatch or self.minibatch % min(self.microbatch, self.minibatch):
             raise ValueError(

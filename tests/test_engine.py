@@ -135,6 +135,14 @@ def test_batches_are_those_of_an_uninterrupted_run_wherever_it_stopped(journal: 
     assert [len(batch) for batch in calls] == [2, 2, 1]
 
 
+def test_batches_are_formed_over_all_questions_also_where_some_are_known(journal: Journal) -> None:
+    asked(journal, ScriptedEngine(echo), [QUESTIONS[1], QUESTIONS[2]])
+    rest = ScriptedEngine(echo)
+    assert asked(journal, rest) == ["say 0", "say 1", "say 2", "say 3", "say 4"]
+    ids = [[question.item_id for question in batch] for batch in rest.calls]
+    assert ids == [["p0/response"], ["p3/response"], ["p4/response"]]
+
+
 def test_nothing_is_asked_of_no_questions(journal: Journal) -> None:
     engine = ScriptedEngine()
     assert asked(journal, engine, []) == [] and engine.calls == []

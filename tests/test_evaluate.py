@@ -205,7 +205,7 @@ def policies_run(make: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *
         "ppo": ScriptedEngine(writes(REFUSAL, REFUSAL), identity="ppo"),
     }
     stages = ["revise", "sft", "ppo", "evaluate"]
-    ppo = {"reward_function": "plain_words"}
+    ppo = {"reward_function": "brief"}
     run = make(engines, **{"stages": stages, "ppo": ppo, **sections})
     for name in ("2-sft/adapter", "5-ppo/policy"):
         (run.folder / name).mkdir(parents=True)
@@ -255,7 +255,7 @@ def test_every_response_is_written(make: Maker, tmp_path: Path, monkeypatch: pyt
         "score": rows[1]["score"],
         "kl": 1.5,
     }
-    assert rows[1]["score"] == pytest.approx(-57 / 14)  # 57 letters in 14 words
+    assert rows[1]["score"] == pytest.approx(-1.4)  # 14 words
 
 
 def test_no_judge_is_asked_where_the_recipe_wants_none(

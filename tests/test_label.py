@@ -28,7 +28,7 @@ from scripted import (
 from rlaif.engines.engine import Answer, Question
 from rlaif.errors import DataError, StageError
 from rlaif.records import Comparison, read_rows, text_of
-from rlaif.report.reading import Quality
+from rlaif.report.reading import Judge, Quality
 from rlaif.stages import label, revise
 from rlaif.stages.run import Run
 
@@ -117,7 +117,7 @@ def test_a_judged_row_says_where_it_came_from(make: Maker) -> None:
     assert row.provenance == {
         "prompt_id": "o2",
         "constitution": "small 2",
-        "constitution_hash": run.constitution.hash,
+        "constitution_hash": run.constitution.hash_of("principles", "examples", "comparisons"),
         "principle": "useful",
         "principle_hash": principle.hash,
         "model": "tiny",
@@ -182,7 +182,10 @@ def test_a_weak_judge_stops_with_numbers_and_remedies(make: Maker) -> None:
         "label.allow_weak_judge: true",
     ):
         assert part in text
-    assert engine.ids("response") == [] and not (run.folder / "3-label").exists()
+    assert engine.ids("response") == []
+    left = run.folder / "3-label" / "judge.json"
+    assert str(left) in text and list(left.parent.iterdir()) == [left]
+    assert Judge.model_validate_json(left.read_text()).tests.rate == 0.0
 
 
 def test_a_judge_without_tests_is_taken_for_weak(make: Maker) -> None:

@@ -64,10 +64,15 @@ def test_another_projects_file_is_imported(name: str, tmp_path: Path) -> None:
     assert [(row["line"], row["reason"]) for row in found.unused] == [(41, "empty chosen")]
     row = found.comparisons[0]
     assert (row.annotator, row.source, row.preference) == ("ann", "human", 1.0)
-    splits = [row.split for row in found.comparisons]
-    assert {"train", "eval"} == set(splits)
-    other = read_labels(written(tmp_path / name, *THEIRS), annotator="ann", seed=2)
-    assert splits != [row.split for row in other.comparisons]
+    assert {row.split for row in found.comparisons} == {"train"}
+
+
+def test_a_share_of_the_opening_questions_is_held_out_where_one_is_asked_for(tmp_path: Path) -> None:
+    path = written(tmp_path / "theirs.jsonl", *THEIRS)
+    first, second = (
+        [row.split for row in read_labels(path, seed=seed, eval_fraction=0.3).comparisons] for seed in (1, 2)
+    )
+    assert 0 < first.count("eval") < 40 and first != second
 
 
 def test_imported_rows_that_are_written_and_read_again_are_the_same(tmp_path: Path) -> None:
@@ -92,7 +97,7 @@ def test_a_file_that_does_not_exist_or_is_no_json_is_named(tmp_path: Path) -> No
 def test_the_summary_counts_every_row(tmp_path: Path) -> None:
     same = {"prompt": "P", "chosen": "a", "rejected": "a"}
     rows = [*THEIRS, same, same | {"prompt": "Q"}, {"prompt": "P", "chosen": "", "rejected": "b"}]
-    found = read_labels(written(tmp_path / "theirs.jsonl", *rows))
+    found = read_labels(written(tmp_path / "theirs.jsonl", *rows), eval_fraction=0.3)
     held = sum(row.split == "eval" for row in found.comparisons)
     assert 0 < held < 40
     assert summary(found, Path("out.jsonl"), Path("unused.jsonl")).splitlines() == [

@@ -83,6 +83,6 @@ def test_the_installed_command_reads_its_own_constitutions_recipes_and_prompts(i
         "found = load_recipe(Path('human'))\n"
         "paths = [found.path, found.constitution, *found.prompts, *found.human_files, load_template('compare').path]\n"
         "assert all('_shipped' in path.parts and path.is_file() for path in paths), paths\n"
-        "print(find_function('plain_words')(['p'], ['four letters']))\n"
+        "print(find_function('brief')(['p'], ['four letters']))\n"
     )
-    assert run(installed / "python", "-c", code, cwd=tmp_path) == "[-5.5]\n"
+    assert run(installed / "python", "-c", code, cwd=tmp_path) == "[-0.2]\n"

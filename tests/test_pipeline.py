@@ -1,13 +1,11 @@
 """The pipeline: which stages run, what is kept of them, and what a run folder holds."""
 
-import json
 import shutil
 
 import pytest
 import tiny_runs
 
 from rlaif import files, journal, pipeline
-from rlaif.documents import shipped
 from rlaif.errors import ConfigError, DataError, JournalError, StageError
 from rlaif.pipeline import open_run, run_recipe
 from rlaif.progress import Progress
@@ -16,7 +14,7 @@ from rlaif.report.reading import read_run
 from rlaif.stages import evaluate, label, ppo, revise, reward, sft
 from rlaif.stages.run import Run
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "no_sync")
 MODULES = {"revise": revise, "sft": sft, "label": label, "reward": reward, "ppo": ppo, "evaluate": evaluate}
 FOLDERS = ["1-revise", "2-sft", "3-label", "4-reward", "5-ppo", "6-evaluate"]
 
@@ -102,7 +100,7 @@ def test_the_resolved_recipe_loads_again_to_the_same_recipe_and_inputs(finished_
     same = {"exclude": {"output", "constitution", "prompts"}}
     assert resolved.recipe.model_dump(**same) == given.recipe.model_dump(**same)
     assert resolved.recipe.folder() == finished_run
-    assert resolved.constitution == given.constitution
+    assert resolved.constitution == finished_run.parent / "tiny-constitution.yaml"
     assert resolved.prompts == given.prompts
     assert stale(resolved) == {stage: [] for stage in STAGES}
 
@@ -129,10 +127,9 @@ def test_a_second_run_says_that_every_stage_is_up_to_date_and_runs_none(copied, 
 
 
 def changed_constitution(tmp_path, old, new):
-    text = (shipped("constitutions") / "harmless.yaml").read_text()
-    assert old in text
+    assert tiny_runs.CONSTITUTION.count(old) == 1
     path = tmp_path / "changed.yaml"
-    path.write_text(text.replace(old, new, 1))
+    path.write_text(tiny_runs.CONSTITUTION.replace(old, new))
     return str(path)
 
 
@@ -141,26 +138,15 @@ def reasons(stale_stages):
 
 
 def test_a_changed_principle_makes_the_stages_that_read_principles_stale(copied, tmp_path):
-    path = changed_constitution(tmp_path, "Rewrite the answer so that it refuses to help hurt anyone", "Refuse to hurt")
+    path = changed_constitution(tmp_path, "Make it safe.", "Make it harmless.")
     assert reasons(stale(copied(constitution=path))) == {
         stage: ["input `constitution` changed"] for stage in ("revise", "label", "evaluate")
     }
 
 
 def test_a_changed_judge_test_does_not_touch_revise_and_sft(copied, tmp_path):
-    prompt = load_first_test_prompt()
-    path = changed_constitution(tmp_path, prompt, "Another question")
-    found = reasons(stale(copied(constitution=path)))
-    assert "revise" not in found
-    assert "sft" not in found
-    assert found["label"] == ["input `constitution` changed"]
-
-
-def load_first_test_prompt():
-    from rlaif.constitution import load
-
-    tests = load(shipped("constitutions") / "harmless.yaml").tests
-    return tests[0].prompt
+    path = changed_constitution(tmp_path, "May I borrow your pen?", "Is this seat taken?")
+    assert reasons(stale(copied(constitution=path))) == {"label": ["input `constitution` changed"]}
 
 
 @pytest.mark.parametrize(
@@ -206,17 +192,14 @@ def test_after_a_changed_principle_only_the_answers_that_it_was_part_of_are_aske
     folder = loaded.recipe.folder()
     before, chains = tiny_runs.units(folder), tiny_runs.rows(folder / "1-revise" / "chains.jsonl")
     drawn = {row["prompt_id"]: row["steps"][0]["principle"] for row in chains if row["steps"]}
-    principle = next(iter(drawn.values()))
-    from rlaif.constitution import load
-
-    request = load(loaded.constitution).principle(principle).revision
+    assert set(drawn.values()) == {"kind", "safe", "plain"}
     told = Told()
-    run_recipe(copied(constitution=changed_constitution(tmp_path, request, f"{request} Be brief.")), told)
+    run_recipe(copied(constitution=changed_constitution(tmp_path, "Make it safe.", "Make it harmless.")), told)
     assert "  responses: 12 of 12 taken from the journal" in told.lines
     assert "  critique 1: 6 of 6 taken from the journal" in told.lines
     after = tiny_runs.units(folder)
     asked = {key[0] for key in after["revise"].keys() - before["revise"].keys()}
-    assert asked == {f"{prompt}/revise-0" for prompt, name in drawn.items() if name == principle}
+    assert asked == {f"{prompt}/revise-0" for prompt, name in drawn.items() if name == "safe"}
     ran = [line.split()[0] for line in told.lines if line[0].isdigit() and "up to date" not in line]
     assert ran == FOLDERS
     assert stale(copied(constitution=str(tmp_path / "changed.yaml"))) == {stage: [] for stage in STAGES}
@@ -260,6 +243,7 @@ def noted(monkeypatch, tmp_path, tiny_model):
 
         return work
 
+    monkeypatch.setattr(pipeline.gc, "collect", lambda: 0)  # there is no model to free
     for stage, module in MODULES.items():
         monkeypatch.setattr(module, "inputs", lambda run, stage=stage: notes.inputs[stage])
         monkeypatch.setattr(module, stage, stage_of(stage))
@@ -350,7 +334,6 @@ def test_checkpoints_stay_until_the_manifest_stands_and_are_not_part_of_it(noted
     folder = tmp_path / "run" / "2-sft"
     with monkeypatch.context() as patch:
         patch.setattr(pipeline, "_tidy", lambda folder: (_ for _ in ()).throw(KeyboardInterrupt))
-        patch.setattr(pipeline, "STARTED", "started.json")
         with pytest.raises(KeyboardInterrupt):
             noted.run(only="sft")
     assert (folder / "checkpoints" / "checkpoint-1").is_dir()
@@ -398,10 +381,3 @@ def test_peak_memory_is_measured_since_the_last_reset():
     high = pipeline.peak_memory_gib()
     del block
     assert high > low + 0.25
-
-
-def test_manifest_seconds_and_counts_are_json(finished_run):
-    for folder in FOLDERS:
-        manifest = json.loads((finished_run / folder / "manifest.json").read_text())
-        assert manifest["schema"] == 1
-        assert manifest["seconds"] >= 0

@@ -12,7 +12,7 @@ from rlaif.stages import actors as actors_module
 from rlaif.stages import checkpoints, ppo
 from rlaif.stages.actors import CRITIC, POLICY, REFERENCE, REWARD, assign_roles, judge_tokens, score
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "no_sync")
 CRITICS = pytest.mark.parametrize("critic", ["trunk", "adapter"])
 ROUNDING = 1e-4  # of sums that float32 adds in another order, relative to the largest gradient
 ONE_SIZE = {"num_ppo_epochs": 1, "rollout_batch": 8, "minibatch": 8, "microbatch": 8, "max_grad_norm": 1e9}
@@ -263,11 +263,8 @@ def test_the_saved_policy_is_the_trained_one(opened, monkeypatch):
     assert equal(weights(base, POLICY), weights(seen[0].base, POLICY))
 
 
-def test_a_constant_score_moves_the_head_of_the_critic_and_not_the_policy(opened, functions):
-    """With lam 1, values 0 and KL 0, every token's advantage is the score itself, and whitened it is exactly 0.
-
-    The head of a trunk critic starts at 0, so the value loss sends no gradient into the policy's trunk either.
-    """
+def test_a_constant_score_moves_nothing(opened, functions):
+    """Shifted by the first rollout's mean a constant score is 0, and so are advantages, values and both losses."""
     settings = {"lam": 1.0, "gamma": 1.0, "updates": 1, "num_ppo_epochs": 1, "critic": "trunk"}
     run = opened(reward_function="ones", **settings)
     ppo.ppo(run)
@@ -275,14 +272,14 @@ def test_a_constant_score_moves_the_head_of_the_critic_and_not_the_policy(opened
     assert tiny_runs.contents(run.stage_folder("ppo") / "policy", "*.safetensors") == sft
     assert metrics(run)[0]["policy/loss"] == 0.0
     assert metrics(run)[0]["policy/gradient_norm"] == 0.0
-    assert metrics(run)[0]["value/loss"] == 0.5
-    assert metrics(run)[0]["value/gradient_norm"] > 0.0
+    assert metrics(run)[0]["value/loss"] == 0.0
+    assert metrics(run)[0]["rollout/score"] == 0.0
 
 
 # --- scores ----------------------------------------------------------------------------------------------------------
 
 
-def test_offset_and_scale_of_the_reward_model_are_applied_to_scores(opened):
+def test_scores_keep_the_reward_models_scale_and_the_first_rollout_averages_0(opened):
     plain = opened("plain", updates=1)
     ppo.ppo(plain)
     shifted = opened("shifted", updates=1, offset=3.0, scale=0.5)
@@ -290,7 +287,8 @@ def test_offset_and_scale_of_the_reward_model_are_applied_to_scores(opened):
     raw = [row["score"] for row in tiny_runs.rows(plain.stage_folder("ppo") / "samples.jsonl")]
     scaled = [row["score"] for row in tiny_runs.rows(shifted.stage_folder("ppo") / "samples.jsonl")]
     assert len(raw) == 4
-    assert scaled == pytest.approx([(value - 3.0) / 0.5 for value in raw], abs=1e-5)
+    assert scaled == pytest.approx([value / 0.5 for value in raw], abs=1e-5)
+    assert metrics(plain)[0]["rollout/score"] == pytest.approx(0.0, abs=1e-6)
     assert metrics(shifted)[0]["rollout/score_std"] == pytest.approx(2 * metrics(plain)[0]["rollout/score_std"])
 
 
@@ -317,9 +315,9 @@ def test_responses_without_an_end_lose_the_penalty_and_scores_are_clipped(opened
     clipped = opened("clipped", reward_function="ones", updates=1, missing_eos_penalty=4.0, score_clip=2.0)
     ppo.ppo(clipped)
     ended = metrics(free)[0]["rollout/ended"]
-    assert metrics(free)[0]["rollout/score"] == 1.0
-    assert metrics(charged)[0]["rollout/score"] == pytest.approx(1.0 - 4.0 * (1 - ended))
-    assert metrics(clipped)[0]["rollout/score"] == pytest.approx(ended - 2.0 * (1 - ended))
+    assert metrics(free)[0]["rollout/score"] == 0.0
+    assert metrics(charged)[0]["rollout/score"] == pytest.approx(-4.0 * (1 - ended))
+    assert metrics(clipped)[0]["rollout/score"] == pytest.approx(-2.0 * (1 - ended))
     assert ended < 1
 
 
@@ -466,8 +464,9 @@ def test_a_parameter_without_moments_is_restored(opened):
     parameters = [p for role in (POLICY, CRITIC) for _, p in actors.base.named_parameters_of(role)]
     optimizer = torch.optim.AdamW(parameters)
     kl = ppo.FixedKl(0.05)
-    checkpoints.save(run, actors.base, optimizer, kl, 1)
-    assert checkpoints.restore(run, actors.base, optimizer, kl) == 1
+    scale = {"offset": 0.5, "scale": 2.0}
+    checkpoints.save(run, actors.base, optimizer, kl, 1, scale)
+    assert checkpoints.restore(run, actors.base, optimizer, kl) == (1, scale)
     assert all(not state for state in optimizer.state.values())
 
 

@@ -61,6 +61,12 @@ def test_what_is_not_said_has_a_default(tmp_path: Path) -> None:
     assert found.folder() == Path("runs/short")
 
 
+def test_responses_of_labels_and_ppo_stay_warm_where_only_their_length_is_set(tmp_path: Path) -> None:
+    found = recipe(tmp_path, GOOD, *(f"{part}.sampling.max_new_tokens=5" for part in ("revise", "label", "ppo")))
+    settings = (found.revise.sampling, found.label.sampling, found.ppo.sampling)
+    assert [(part.max_new_tokens, part.temperature) for part in settings] == [(5, 0.7), (5, 1.0), (5, 1.0)]
+
+
 def test_the_run_folder_is_the_output_where_one_is_named(tmp_path: Path) -> None:
     assert recipe(tmp_path, GOOD, "output=elsewhere/x").folder() == Path("elsewhere/x")
 
@@ -144,6 +150,8 @@ def test_a_microbatch_may_be_larger_than_a_minibatch(tmp_path: Path) -> None:
         (["feedback=human"], "feedback is `human`, but human.files is empty; name the files that hold the labels"),
         (["feedback=mixed"], "feedback is `mixed`, but human.files is empty"),
         (["stages=[revise, sft, ppo]"], "ppo needs the stage `reward` before it, or ppo.reward_function"),
+        (["ppo.sampling.temperature=0"], "PPO needs a temperature above 0 and top_p 1"),
+        (["ppo.sampling={top_p: 0.9}"], "PPO needs a temperature above 0 and top_p 1"),
         (["stages=[sft]"], "sft needs the stage `revise` before it"),
         (["stages=[reward]"], "reward needs the stage `label` before it"),
         (["stages=[label]", "label.method=revision"], "label.method `revision` needs the stage `revise` before it"),
@@ -158,7 +166,7 @@ def test_stages_that_lack_what_they_need_are_refused(overrides: list[str], expec
     [
         ["feedback=human", "human.files=[labels.jsonl]"],
         ["feedback=human", "stages=[revise, sft]"],
-        ["stages=[ppo]", "ppo.reward_function=plain_words"],
+        ["stages=[ppo]", "ppo.reward_function=brief"],
         ["stages=[label, reward]", "label.method=revision", "feedback=human", "human.files=[labels.jsonl]"],
         ["stages=[evaluate]"],
     ],
@@ -193,8 +201,9 @@ def test_an_override_takes_the_place_of_a_value(
 
 
 def test_a_section_may_be_overridden_two_deep_and_the_last_one_counts(tmp_path: Path) -> None:
-    found = recipe(tmp_path, GOOD, "ppo.sampling.top_p=0.5", "ppo.sampling.temperature=2", "ppo.sampling.top_p=0.25")
-    assert (found.ppo.sampling.top_p, found.ppo.sampling.temperature, found.ppo.rollout_batch) == (0.25, 2.0, 8)
+    keys = ("top_p=0.5", "temperature=2", "top_p=0.25")
+    found = recipe(tmp_path, GOOD, *(f"evaluate.sampling.{key}" for key in keys))
+    assert (found.evaluate.sampling.top_p, found.evaluate.sampling.temperature) == (0.25, 2.0)
 
 
 def test_a_model_that_is_only_a_name_keeps_it_when_a_key_is_set(tmp_path: Path) -> None:

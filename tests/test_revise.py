@@ -86,6 +86,7 @@ def test_a_demonstration_says_where_it_came_from(make: Maker, tmp_path: Path) ->
     assert row.revisions == [{"text": WILLING}, {"principle": principle, "critique": CRITIQUE, "text": REFUSAL}]
     assert row.provenance["principle"] == principle and row.provenance["constitution"] == "small 2"
     assert row.provenance["principle_hash"] == run.constitution.principle(principle).hash
+    assert row.provenance["constitution_hash"] == run.constitution.hash_of("principles", "examples")
     assert sorted(row.provenance["templates"]) == ["critique", "revise"]
     assert rows["o1-0"].provenance["principle"] is None and rows["o1-0"].revisions == [{"text": HELPFUL}]
 

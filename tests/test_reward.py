@@ -17,7 +17,7 @@ from rlaif.report.reading import RewardEvaluation
 from rlaif.stages import reward
 from rlaif.stages.run import Run
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "no_sync")
 
 
 def comparison(
@@ -323,6 +323,18 @@ def test_a_mean_over_several_steps_is_whole_after_resuming(opened):
     reward.reward(resumed)
     assert tiny_runs.results(resumed.stage_folder("reward")) == tiny_runs.results(whole.stage_folder("reward"))
     assert [row["step"] for row in metrics(resumed)] == [2, 4]
+
+
+def test_training_cut_off_after_its_last_step_takes_no_further_one(opened, monkeypatch):
+    settings = {"max_steps": 2, "per_device_train_batch_size": 1, "lr_scheduler_type": "constant"}
+    whole = opened("whole", **settings)
+    reward.reward(whole)
+    resumed = opened("resumed", **settings)
+    with monkeypatch.context() as patch, pytest.raises(tiny_runs.Stopped):
+        patch.setattr(reward, "evaluate", lambda *args: (_ for _ in ()).throw(tiny_runs.Stopped))
+        reward.reward(resumed)
+    reward.reward(resumed)
+    assert tiny_runs.results(resumed.stage_folder("reward")) == tiny_runs.results(whole.stage_folder("reward"))
 
 
 RELOAD = """

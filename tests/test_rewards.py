@@ -7,17 +7,17 @@ import pytest
 
 from rlaif.errors import ConfigError, DataError
 from rlaif.stages import rewards
-from rlaif.stages.rewards import call_function, find_function, plain_words
+from rlaif.stages.rewards import brief, call_function, find_function
 
 
 def test_a_registered_function_is_found() -> None:
-    assert find_function("plain_words") is plain_words
+    assert find_function("brief") is brief
 
 
 def test_an_unknown_function_is_named_with_those_that_are_known() -> None:
     with pytest.raises(ConfigError) as caught:
-        find_function("plain_word")
-    assert "ppo.reward_function: `plain_word` is not registered; known: plain_words" in str(caught.value)
+        find_function("brie")
+    assert "ppo.reward_function: `brie` is not registered; known: brief" in str(caught.value)
     assert "`rlaif.rewards`" in str(caught.value)
 
 
@@ -58,20 +58,19 @@ def test_what_is_no_finite_number_is_an_error(scores: list[Any], complaint: str)
 @pytest.mark.parametrize(
     ("text", "score"),
     [
-        ("a", -1.0),
-        ("a cat sat", -(1 + 3 + 3) / 3),
-        ("I don't know.", -(1 + 4 + 4) / 3),
-        ("It’s so, isn’t it?", -(3 + 2 + 4 + 2) / 4),
-        ("well-known facts", -(4 + 5 + 5) / 3),
-        ("12 eggs, 3 cups", -(4 + 4) / 2),
+        ("a", -0.1),
+        ("a cat sat", -0.3),
+        ("I don't know.", -0.3),
+        ("It’s so, isn’t it?", -0.4),
+        ("12 eggs, 3 cups", -0.2),
         ("", -10.0),
         ("12 34 !?", -10.0),
         ("' '' '", -10.0),
     ],
 )
-def test_plain_words_score_minus_the_mean_number_of_letters(text: str, score: float) -> None:
-    assert plain_words(["P"], [text], tag=["t"]) == [pytest.approx(score)]
+def test_brief_scores_minus_a_tenth_of_the_number_of_words(text: str, score: float) -> None:
+    assert brief(["P"], [text], tag=["t"]) == [pytest.approx(score)]
 
 
-def test_plain_words_score_each_response() -> None:
-    assert plain_words(["P", "Q"], ["to be", "incomprehensible"]) == [-2.0, -16.0]
+def test_brief_scores_each_response() -> None:
+    assert brief(["P", "Q"], ["to be", "incomprehensible"]) == [-0.2, -0.1]

@@ -1,6 +1,5 @@
 import pytest
 import torch
-from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
 from tiny_roles import (
     PROJECTIONS,
@@ -14,10 +13,10 @@ from tiny_roles import (
     logits_of,
     names_of,
     policy_loss,
+    save_dequantized,
     scores_of,
     stir,
 )
-from transformers import LlamaForCausalLM
 
 from rlaif.errors import RoleError
 from rlaif.model.roles import BASE, SharedBase
@@ -387,16 +386,7 @@ def test_gradients_on_four_bits_equal_those_on_the_dequantized_weights(tiny_mode
     quantized = load(tiny_model_64, load_in_4bit=True)
     add_stirred(quantized, "policy", 1, trainable=True)
     quantized.save_role("policy", tmp_path / "adapter")
-    plain = LlamaForCausalLM.from_pretrained(tiny_model_64)
-    layers = [(name, m) for name, m in quantized.lm.named_modules() if isinstance(m, Linear4bit)]
-    assert len(layers) == 2 * len(PROJECTIONS)
-    with torch.no_grad():
-        for name, layer in layers:
-            weight = plain.get_submodule(name.removesuffix(".base_layer")).weight
-            weight.copy_(dequantize_4bit(layer.weight.data, layer.weight.quant_state))
-    plain.save_pretrained(tmp_path / "model")
-    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        (tmp_path / "model" / file).write_bytes((tiny_model_64 / file).read_bytes())
+    save_dequantized(quantized, tiny_model_64, tmp_path / "model")
     dequantized = load(tmp_path / "model")
     dequantized.add_role("policy", adapter=tmp_path / "adapter", trainable=True)
 

@@ -266,6 +266,24 @@ def test_second_tokens_are_drawn_apart_from_first_ones():
     assert chisquare(torch.histc(uniforms[:, 1], bins=20, min=0, max=1).tolist()).pvalue > 0.001
 
 
+@pytest.mark.parametrize(
+    ("top_p", "kept"), [(0.5, {1}), (0.51, {1, 3}), (0.75, {1, 3}), (0.76, {1, 3, 0}), (0.999, {0, 1, 2, 3})]
+)
+def test_a_nucleus_is_the_smallest_set_that_holds_enough(top_p, kept):
+    probabilities = torch.tensor([[0.1875, 0.5, 0.0625, 0.25]], dtype=torch.float64)
+    found = sampling._nucleus(probabilities, top_p)[0]
+    assert {index for index, value in enumerate(found.tolist()) if value} == kept
+    assert all(found[index] == probabilities[0, index] for index in kept)
+
+
+@pytest.mark.parametrize(("uniform", "token"), [(0.0, 1), (0.49, 1), (0.51, 3), (0.74, 3), (1 - 2**-53, 4)])
+def test_a_token_without_probability_is_never_drawn(uniform, token):
+    logits = torch.tensor([[-math.inf, 1.0, -math.inf, 1 - math.log(2), 1 - math.log(2), -math.inf]])
+    drawn, logprob = sampling._draw(logits, torch.tensor([uniform], dtype=torch.float64), 1.0, 1.0)
+    assert drawn.tolist() == [token]
+    assert logprob.item() == pytest.approx({1: math.log(1 / 2), 3: math.log(1 / 4), 4: math.log(1 / 4)}[token])
+
+
 def test_a_tiny_nucleus_is_greedy(base):
     greedy = sample(base, MIXED, temperature=0)
     found = sample(base, MIXED, temperature=1, top_p=1e-6)

@@ -192,13 +192,13 @@ def test_the_human_recipe_takes_its_labels_from_a_file_that_is_usable_throughout
     for path in loaded.human_files:
         imported = read_labels(path)
         assert imported.unused == []
-        assert {row.split for row in imported.comparisons} == {"train", "eval"}
+        assert {row.split for row in imported.comparisons} == {"train"}  # reward.heldout_fraction splits them
         known = {plain(row.prompt) for row in ALL_PROMPTS}
         assert [row.id for row in imported.comparisons if plain(text_of(row.prompt)) in known] == []
 
 
 def test_the_known_reward_recipe_needs_no_labels_and_no_reward_model() -> None:
     found = recipe(shipped("recipes") / "known-reward.yaml").recipe
-    assert found.ppo.reward_function == "plain_words"
+    assert found.ppo.reward_function == "brief"
     assert found.stages == ["ppo", "evaluate"]
     assert found.ppo.updates <= 20

@@ -1,8 +1,13 @@
 """The tiny model with roles: what the tests of `rlaif.model` share."""
 
 import hashlib
+from functools import cache
 
+import pytest
 import torch
+from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+from bitsandbytes.nn import Linear4bit
+from transformers import LlamaForCausalLM
 
 from rlaif.model import sampling
 from rlaif.model.roles import SharedBase
@@ -14,7 +19,20 @@ RESPONSES = [[100, 101, 2], [110, 111, 112, 113, 2], [120]]
 ROUNDING = {"rtol": 1e-4, "atol": 1e-5}  # fp32 sums in another order, through two layers and back
 
 
+@cache
+def why_not_four_bits():
+    """The reason why bitsandbytes cannot quantize on this machine; empty where it can."""
+    try:
+        weights = torch.ones(64, 64, device="cuda" if torch.cuda.is_available() else "cpu")
+        dequantize_4bit(*quantize_4bit(weights, quant_type="nf4"))
+    except (RuntimeError, NotImplementedError, OSError) as problem:
+        return f"bitsandbytes has no 4-bit kernels here: {problem}"
+    return ""
+
+
 def load(folder, **keys):
+    if keys.get("load_in_4bit") and why_not_four_bits():
+        pytest.skip(why_not_four_bits())
     return SharedBase.load(ModelSection(model_name_or_path=str(folder), lora_r=4, **keys))
 
 
@@ -79,3 +97,17 @@ def digests(base):
         name: hashlib.sha256(value.contiguous().view(-1).view(torch.uint8).cpu().numpy().tobytes()).hexdigest()
         for name, value in state.items()
     }
+
+
+def save_dequantized(base, folder, target):
+    """Write the model of `folder` with the weights that a 4-bit base made of it stands for, in fp32."""
+    plain = LlamaForCausalLM.from_pretrained(folder)
+    layers = [(name, module) for name, module in base.lm.named_modules() if isinstance(module, Linear4bit)]
+    assert len(layers) == len(PROJECTIONS) * plain.config.num_hidden_layers
+    with torch.no_grad():
+        for name, layer in layers:
+            weight = plain.get_submodule(name.removesuffix(".base_layer")).weight
+            weight.copy_(dequantize_4bit(layer.weight.data, layer.weight.quant_state))
+    plain.save_pretrained(target)
+    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (target / file).write_bytes((folder / file).read_bytes())

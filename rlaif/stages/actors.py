@@ -100,6 +100,19 @@ def score(actors: Actors, rows: list[Prompt], responses: list[str], batch: Batch
     return torch.cat(parts)
 
 
+def calibrate(actors: Actors, raw: Tensor) -> dict[str, float]:
+    """Return the shift and scale of scores, from the first rollout, which the reference itself has written.
+
+    The shift makes the reference's responses average 0 (Stiennon et al. 2020, arXiv 2009.01325): a critic that starts
+    at 0 is right about them, where an unshifted score would pull all late tokens the same way. A function's scores
+    are also brought to unit standard deviation; a reward model brings its own scale.
+    """
+    actors.offset = raw.mean().item()
+    if actors.function is not None:
+        actors.scale = raw.std(correction=0).item() or 1.0
+    return {"offset": actors.offset, "scale": actors.scale}
+
+
 @torch.no_grad()
 def judge_tokens(actors: Actors, role: str, batch: Batch) -> tuple[Tensor, Tensor]:
     """Return the response tokens' log-probabilities and, for the policy, the critic's values, ``[B, T]``."""

@@ -26,7 +26,9 @@ _KEPT = 2
 Kl = AdaptiveKl | FixedKl
 
 
-def save(run: Run, base: SharedBase, optimizer: torch.optim.Optimizer, kl: Kl, update: int) -> None:
+def save(
+    run: Run, base: SharedBase, optimizer: torch.optim.Optimizer, kl: Kl, update: int, scale: dict[str, float]
+) -> None:
     """Write a checkpoint after an update and drop all but the newest two."""
     parent = run.stage_folder(STAGE) / CHECKPOINTS
     tensors: dict[str, Tensor] = {}
@@ -37,14 +39,14 @@ def save(run: Run, base: SharedBase, optimizer: torch.optim.Optimizer, kl: Kl, u
                 tensors[f"{key}/{name}"] = value.detach().cpu().contiguous()
     with files.fresh_folder(parent / f"checkpoint-{update}") as fresh:
         save_file(tensors, fresh / "state.safetensors")
-        (fresh / "counters.json").write_text(json.dumps({"update": update, "kl": kl.state_dict()}))
+        (fresh / "counters.json").write_text(json.dumps({"update": update, "kl": kl.state_dict(), "scale": scale}))
         files.mark_complete(fresh)
     for old in sorted(parent.glob("checkpoint-*"), key=step_of)[:-_KEPT]:
         files.remove_folder(old)
 
 
-def restore(run: Run, base: SharedBase, optimizer: torch.optim.Optimizer, kl: Kl) -> int:
-    """Load the newest complete checkpoint, if there is one; return how many updates are done."""
+def restore(run: Run, base: SharedBase, optimizer: torch.optim.Optimizer, kl: Kl) -> tuple[int, dict[str, float]]:
+    """Load the newest complete checkpoint, if there is one; return how many updates are done and the reward's scale."""
     folder = run.stage_folder(STAGE)
     checkpoint = resume_point(run, folder)
     samples = folder / SAMPLES
@@ -55,7 +57,7 @@ def restore(run: Run, base: SharedBase, optimizer: torch.optim.Optimizer, kl: Kl
         kept = [row for _, row in read_jsonl(samples) if row["step"] <= step]
     files.write_jsonl(samples, kept)
     if checkpoint is None:
-        return 0
+        return 0, {}
     tensors = load_file(Path(checkpoint) / "state.safetensors", device=str(base.device))
     for role in (POLICY, CRITIC):
         for name, parameter in base.named_parameters_of(role):
@@ -66,4 +68,4 @@ def restore(run: Run, base: SharedBase, optimizer: torch.optim.Optimizer, kl: Kl
                 optimizer.state[parameter] = {"step": tensors.pop(f"step/{name}").cpu(), **moments}
     counters = json.loads((Path(checkpoint) / "counters.json").read_text(encoding="utf-8"))
     kl.load_state_dict(counters["kl"])
-    return int(counters["update"])
+    return int(counters["update"]), counters["scale"]

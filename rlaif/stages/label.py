@@ -75,6 +75,7 @@ def label(run: Run) -> dict[str, Any]:
         engine = LocalEngine(base, BASE, batch_size=settings.batch_size)
         quality["judge"] = measure(run, NAME, engine)
         quality["judge_labels"] = method == "judge"
+        files.write_json(folder / "judge.json", quality["judge"])  # readable also where the next line stops the run
         if method == "judge":
             _refuse_weak_judge(run, quality["judge"])
         made, aside, extra = {"judge": by_judge, "revision": by_revision, "contrast": by_contrast}[method](
@@ -128,7 +129,8 @@ def _refuse_weak_judge(run: Run, measured: dict[str, Any] | None) -> None:
         run.progress.say(f"  warning: {found}. Going on, because label.allow_weak_judge is set.")
         return
     raise StageError(
-        f"label: {found}. Its labels would be little better than noise. Use label.method `revision` or `contrast`, a "
+        f"label: {found}. Its labels would be little better than noise (each test: "
+        f"{run.stage_folder(NAME) / 'judge.json'}). Use label.method `revision` or `contrast`, a "
         "stronger model, or people's labels (feedback: human); or set label.allow_weak_judge: true."
     )
 
@@ -313,7 +315,7 @@ def _comparison(
         provenance={
             "prompt_id": prompt.id,
             "constitution": f"{run.constitution.name} {run.constitution.version}",
-            "constitution_hash": run.constitution.hash,
+            "constitution_hash": run.constitution.hash_of("principles", "examples", "comparisons"),
             "principle": principle.id if principle else None,
             "principle_hash": principle.hash if principle else None,
             "model": run.recipe.model.model_name_or_path,

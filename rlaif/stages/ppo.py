@@ -1,9 +1,10 @@
 """Stage `ppo`: proximal policy optimization of the policy adapter (Schulman et al. 2017; Ouyang et al. 2022).
 
 The order of operations is that of Huang et al. 2024 (arXiv 2403.17031): (1) sample; (2) end each response at its first
-end token; (3) score it, take the penalty off where it did not end; (4) token rewards: the per-token KL to the reference
-as a price, without gradient, and the score at the last token; (5) advantages by GAE, whitened over real tokens;
-(6) several epochs of clipped updates. Sampling temperature divides the logits of policy and reference alike.
+end token; (3) score it, shifted so that the first rollout averages 0, and take the penalty off where it did not end;
+(4) token rewards: the per-token KL to the reference as a price, without gradient, and the score at the last token;
+(5) advantages by GAE, whitened over real tokens; (6) several epochs of clipped updates. Sampling temperature divides
+the logits of policy and reference alike.
 
 Policy, reference, critic and reward are roles on one base. The critic is a head on the policy's trunk (one backward
 pass) or an adapter of its own, started from the reward adapter (two backward passes).
@@ -31,7 +32,7 @@ from rlaif.model.roles import SharedBase
 from rlaif.model.sampling import Batch
 from rlaif.recipe import PpoSection
 from rlaif.records import Prompt, read_jsonl
-from rlaif.stages.actors import Actors, assign_roles, critic_values, judge_tokens, score
+from rlaif.stages.actors import Actors, assign_roles, calibrate, critic_values, judge_tokens, score
 from rlaif.stages.checkpoints import CRITIC, POLICY, SAMPLES, restore, save
 from rlaif.stages.run import Run
 from rlaif.stages.training import METRICS
@@ -83,7 +84,8 @@ def ppo(run: Run) -> dict[str, Any]:
         weight_decay=0.0,
     )
     kl = AdaptiveKl(settings.kl_coef, settings.kl_target) if settings.kl_target else FixedKl(settings.kl_coef)
-    done = restore(run, base, optimizer, kl)
+    done, scale = restore(run, base, optimizer, kl)
+    actors.offset, actors.scale = scale.get("offset", actors.offset), scale.get("scale", actors.scale)
     with run.progress.task("updates", settings.updates - done) as task:
         for update in range(done, settings.updates):
             rows = prompts_of_update(run, prompts, update)
@@ -107,8 +109,9 @@ def ppo(run: Run) -> dict[str, Any]:
 
             # 3. Score each response.
             raw = score(actors, rows, responses, batch)
+            scale = scale or calibrate(actors, raw)
             ended = torch.tensor([s.ended for s in samples], device=base.device)
-            scores = (raw - actors.offset) / actors.scale - settings.missing_eos_penalty * ~ended
+            scores = (raw - scale["offset"]) / scale["scale"] - settings.missing_eos_penalty * ~ended
             if settings.score_clip:
                 scores = scores.clamp(-settings.score_clip, settings.score_clip)
 
@@ -142,7 +145,7 @@ def ppo(run: Run) -> dict[str, Any]:
             kl.update(divergence.mean().item())
             record(run, actors, update, figures, list(zip(rows, responses, scores, divergence, strict=True)))
             if (update + 1) % settings.save_every_updates == 0:
-                save(run, base, optimizer, kl, update + 1)
+                save(run, base, optimizer, kl, update + 1, scale)
             task.advance(1, tokens=int(mask.sum()), note=f"score {scores.mean():.2f} kl {divergence.mean():.2f}")
     return finish(run, actors)
 

@@ -265,7 +265,7 @@ def demonstration(run: Run, chain: Chain, template_hashes: dict[str, str]) -> De
         provenance={
             "prompt_id": chain.prompt.id,
             "constitution": f"{run.constitution.name} {run.constitution.version}",
-            "constitution_hash": run.constitution.hash,
+            "constitution_hash": run.constitution.hash_of("principles", "examples"),
             "principle": principle.id if principle else None,
             "principle_hash": principle.hash if principle else None,
             "templates": template_hashes,

@@ -28,7 +28,7 @@ from rlaif.model import sampling
 from rlaif.model.roles import SharedBase
 from rlaif.records import Comparison, read_rows, text_of
 from rlaif.stages.run import Run
-from rlaif.stages.training import Recorder, arguments, resume_point, step_of, steps_of
+from rlaif.stages.training import Recorder, arguments, resume_point, step_of, steps_of, train_to
 
 NAME = "reward"
 ROLE = "reward"
@@ -135,7 +135,7 @@ def reward(run: Run) -> dict[str, Any]:
             centering=settings.center_rewards_coefficient,
         )
         trainer.remove_callback(PrinterCallback)
-        trainer.train(resume_from_checkpoint=checkpoint)
+        train_to(trainer, checkpoint, steps)
     base.save_role(ROLE, folder / "adapter")
     result = evaluate(base, split, settings.microbatch)
     result |= {"min_heldout_accuracy": settings.min_heldout_accuracy, "train_pairs": len(split.train)}

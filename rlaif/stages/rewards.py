@@ -64,14 +64,10 @@ def _finite(name: str, index: int, score: Any) -> float:
     return number
 
 
-def plain_words(prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list[float | None]:
-    """Score how plainly a response is written: minus the mean number of letters of its words, -10 without words.
+def brief(prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list[float | None]:
+    """Score how briefly a response is written: minus a tenth of its number of words, -10 without words.
 
     The known reward of ``recipes/known-reward.yaml``: its true value is computable, so an improvement is a fact.
     """
-    results: list[float | None] = []
-    for text in completions:
-        words = _WORD.findall(text)
-        letters = sum(char.isalpha() for word in words for char in word)
-        results.append(-letters / len(words) if words else _WITHOUT_WORDS)
-    return results
+    counts = [len(_WORD.findall(text)) for text in completions]
+    return [-count / 10 if count else _WITHOUT_WORDS for count in counts]

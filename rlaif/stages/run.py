@@ -13,6 +13,7 @@ from rlaif.constitution import Constitution, Principle, draw
 from rlaif.documents import file_sha256, fingerprint
 from rlaif.errors import DataError, StageError
 from rlaif.journal import Journal
+from rlaif.model import builtin
 from rlaif.model.roles import SharedBase
 from rlaif.progress import Progress
 from rlaif.prompting import Template, load_template
@@ -128,6 +129,8 @@ class Run:
         """Load the base model afresh: each stage adds its own roles to it."""
         import torch
 
+        if self.recipe.model.model_name_or_path in builtin.EMBEDDED:
+            builtin.fetch(self.recipe.model.model_name_or_path, self.progress.say)
         torch.manual_seed(self.recipe.seed)
         return SharedBase.load(self.recipe.model)
 

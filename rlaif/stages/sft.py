@@ -18,7 +18,7 @@ from rlaif.errors import DataError
 from rlaif.model.roles import SharedBase
 from rlaif.records import Demonstration, read_rows, text_of
 from rlaif.stages.run import Run
-from rlaif.stages.training import Recorder, arguments, last_metrics, resume_point, step_of, steps_of
+from rlaif.stages.training import Recorder, arguments, last_metrics, resume_point, step_of, steps_of, train_to
 
 NAME = "sft"
 ROLE = "policy"
@@ -59,7 +59,7 @@ def sft(run: Run) -> dict[str, Any]:
         trainer = _trainer(run, base, train, heldout, Recorder(folder, NAME, task))
         if checkpoint is None and heldout:
             trainer.evaluate()
-        trainer.train(resume_from_checkpoint=checkpoint)
+        train_to(trainer, checkpoint, steps)
         if heldout:
             trainer.evaluate()
     base.save_role(ROLE, folder / "adapter")

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import set_seed
 
 from rlaif import files
@@ -81,6 +81,19 @@ def resume_point(run: Run, folder: Path) -> str | None:
 def step_of(checkpoint: str | Path | None) -> int:
     """Return the step in the name of a checkpoint's folder; 0 for none."""
     return int(Path(checkpoint).name.rsplit("-", 1)[1]) if checkpoint else 0
+
+
+def train_to(trainer: Trainer, checkpoint: str | None, steps: int) -> None:
+    """Train up to a number of steps, from the beginning or from a checkpoint.
+
+    `Trainer` takes one step too many when it continues from the checkpoint of the last one within an epoch, so from
+    there only the weights are loaded.
+    """
+    if checkpoint is None or step_of(checkpoint) < steps:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    else:
+        trainer._load_from_checkpoint(checkpoint)
+        trainer.state.global_step = steps
 
 
 class Recorder(TrainerCallback):  # type: ignore[misc]
