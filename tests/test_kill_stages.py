@@ -119,14 +119,15 @@ def place_of(folder):
 
 
 def killed(recipe, folder):
-    places = []
-    for point in KILLS:
-        code, shown = child(["run", recipe], lambda point=point: arm(point, signal.SIGKILL))
-        assert code == -signal.SIGKILL, f"{point} was not reached: {code}\n{shown}"
+    """Return where each run was killed, and from which step on each one that found a checkpoint went on."""
+    places, went_on = [], []
+    for point in [*KILLS, None]:
+        code, shown = child(["run", recipe], lambda point=point: point and arm(point, signal.SIGKILL))
+        assert code == (-signal.SIGKILL if point else 0), f"{point}: {code}\n{shown}"
         places.append(place_of(Path(folder)))
-    code, shown = child(["run", recipe])
-    assert code == 0, shown
-    return places
+        stages = re.findall(r"^(?:([1-6]-[a-z]+)$|  continuing after step ([0-9]+)$)", shown, re.MULTILINE)
+        went_on += [f"{stages[index - 1][0]} {step}" for index, (_, step) in enumerate(stages) if step]
+    return places, went_on
 
 
 def interrupted(recipe, folder):
@@ -205,9 +206,14 @@ def outcome(tmp_path, tiny_model, finished_run):
 
 
 def test_a_run_killed_at_many_moments_of_every_stage_and_continued_equals_one_that_was_not(outcome):
-    places = outcome("killed")
-    assert len(places) == 22
+    places, went_on = outcome("killed")
+    assert len(places) == 23
     assert [stage for stage in STAGES if stage not in places] == []
+    assert went_on == [
+        *("2-sft 1", "2-sft 2", "2-sft 3", "2-sft 4", "2-sft 4"),
+        *("4-reward 2", "4-reward 4", "4-reward 4"),
+        *("5-ppo 1", "5-ppo 1", "5-ppo 2", "5-ppo 3"),
+    ]
 
 
 def test_a_run_interrupted_in_every_stage_says_how_to_continue_and_continued_equals_one_that_was_not(outcome):

@@ -264,16 +264,29 @@ def test_the_saved_policy_is_the_trained_one(opened, monkeypatch):
 
 
 def test_a_constant_score_moves_nothing(opened, functions):
-    """Shifted by the first rollout's mean a constant score is 0, and so are advantages, values and both losses."""
-    settings = {"lam": 1.0, "gamma": 1.0, "updates": 1, "num_ppo_epochs": 1, "critic": "trunk"}
-    run = opened(reward_function="ones", **settings)
+    """It is 0 after the shift, the first values and the KL are 0 too, and whitening leaves equal advantages at 0."""
+    run = opened(reward_function="tenths", updates=1, num_ppo_epochs=1, critic="trunk")
     ppo.ppo(run)
     sft = tiny_runs.contents(run.stage_folder("sft") / "adapter", "*.safetensors")
     assert tiny_runs.contents(run.stage_folder("ppo") / "policy", "*.safetensors") == sft
-    assert metrics(run)[0]["policy/loss"] == 0.0
-    assert metrics(run)[0]["policy/gradient_norm"] == 0.0
-    assert metrics(run)[0]["value/loss"] == 0.0
-    assert metrics(run)[0]["rollout/score"] == 0.0
+    figures = metrics(run)[0]
+    zero = ["policy/loss", "policy/gradient_norm", "value/loss", "value/gradient_norm", "rollout/score"]
+    assert {name: figures[name] for name in zero} == dict.fromkeys(zero, 0.0)
+
+
+@CRITICS
+def test_advantages_that_are_equal_are_whitened_to_0_and_send_no_gradient_into_the_policy(opened, functions, critic):
+    run = opened(reward_function="ones", critic=critic, **ONE_SIZE)
+    actors = assign_roles(run)
+    rollout = made_up_rollout(actors)
+    mask = rollout.batch.response_mask
+    flat = ppo.masked_whiten(torch.full_like(rollout.advantages, 0.25), mask)
+    assert flat.abs().max().item() == 0.0
+    gradients, figures = step_of(run, actors, rollout._replace(advantages=flat))
+    assert figures["policy/loss"] == 0.0
+    assert figures["policy/kl_to_old"] > 0.0
+    for name, gradient in gradients.items():
+        assert (gradient.abs().max().item() > 0) == (name == f"heads.{CRITIC}.weight"), name
 
 
 # --- scores ----------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from rlaif.recipe import ModelSection
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 PROMPTS = [[1, 70, 71, 72, 73], [1, 80], [1, 90, 91, 92]]
 RESPONSES = [[100, 101, 2], [110, 111, 112, 113, 2], [120]]
-ROUNDING = {"rtol": 1e-4, "atol": 1e-5}  # fp32 sums in another order, through two layers and back
+ROUNDING = {"rtol": 1e-3, "atol": 1e-4}  # fp32 sums in another order, through two layers and back
 
 
 @cache

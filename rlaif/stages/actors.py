@@ -109,7 +109,8 @@ def calibrate(actors: Actors, raw: Tensor) -> dict[str, float]:
     """
     actors.offset = raw.mean().item()
     if actors.function is not None:
-        actors.scale = raw.std(correction=0).item() or 1.0
+        spread = raw.std(correction=0).item()
+        actors.scale = spread if spread > 1e-6 * raw.abs().max().item() else 1.0  # less is rounding
     return {"offset": actors.offset, "scale": actors.scale}
 
 
@@ -135,7 +136,7 @@ def critic_values(actors: Actors, batch: Batch, hidden: Tensor) -> Tensor:
     """Return the value of the state before each response token, ``[B, T]``, on the scale of the rewards."""
     length = batch.response_ids.shape[1]
     values = actors.base.head(CRITIC, hidden[:, -length - 1 : -1])
-    if actors.own_critic:
+    if actors.own_critic and actors.function is None:  # started from the reward model, in its units
         values = (values - actors.offset) / actors.scale
     return values * batch.response_mask
 
