@@ -30,9 +30,14 @@ def ones(prompts, completions, **columns):
     return [1.0 for _ in completions]
 
 
+def tenths(prompts, completions, **columns):
+    """A constant; the sum of several is rounded."""
+    return [0.1 for _ in completions]
+
+
 @pytest.fixture
 def functions(monkeypatch):
-    known = {"small_letters": small_letters, "ones": ones}
+    known = {"small_letters": small_letters, "ones": ones, "tenths": tenths}
     monkeypatch.setattr(actors_module, "find_function", known.__getitem__)
 
 
@@ -292,17 +297,42 @@ def test_advantages_that_are_equal_are_whitened_to_0_and_send_no_gradient_into_t
 # --- scores ----------------------------------------------------------------------------------------------------------
 
 
-def test_scores_keep_the_reward_models_scale_and_the_first_rollout_averages_0(opened):
+def scores_of(run):
+    return [row["score"] for row in tiny_runs.rows(run.stage_folder("ppo") / "samples.jsonl")]
+
+
+def test_scores_of_a_reward_model_are_divided_by_its_scale_and_average_0_in_the_first_rollout(opened):
     plain = opened("plain", updates=1)
     ppo.ppo(plain)
-    shifted = opened("shifted", updates=1, offset=3.0, scale=0.5)
-    ppo.ppo(shifted)
-    raw = [row["score"] for row in tiny_runs.rows(plain.stage_folder("ppo") / "samples.jsonl")]
-    scaled = [row["score"] for row in tiny_runs.rows(shifted.stage_folder("ppo") / "samples.jsonl")]
-    assert len(raw) == 4
-    assert scaled == pytest.approx([value / 0.5 for value in raw], abs=1e-5)
+    scaled = opened("scaled", updates=1, offset=3.0, scale=0.5)
+    ppo.ppo(scaled)
+    assert len(scores_of(plain)) == 4
+    assert scores_of(scaled) == pytest.approx([2 * value for value in scores_of(plain)], abs=1e-5)
     assert metrics(plain)[0]["rollout/score"] == pytest.approx(0.0, abs=1e-6)
-    assert metrics(shifted)[0]["rollout/score_std"] == pytest.approx(2 * metrics(plain)[0]["rollout/score_std"])
+    assert metrics(plain)[0]["rollout/score_std"] > 0.1
+
+
+def test_scores_of_a_function_have_mean_0_and_deviation_1_in_the_first_rollout_and_keep_that_scale(opened, functions):
+    run = opened(reward_function="small_letters", updates=2)
+    ppo.ppo(run)
+    first = metrics(run)[0]
+    assert first["rollout/score"] == pytest.approx(0.0, abs=1e-6)
+    assert first["rollout/score_std"] == pytest.approx(1.0, abs=1e-5)
+    rows = tiny_runs.rows(run.stage_folder("ppo") / "samples.jsonl")
+    letters = small_letters([], [row["response"] for row in rows])
+    assert len(letters) == 8
+    mean = sum(letters[:4]) / 4
+    deviation = (sum((value - mean) ** 2 for value in letters[:4]) / 4) ** 0.5
+    assert scores_of(run) == pytest.approx([(value - mean) / deviation for value in letters], abs=1e-5)
+
+
+@CRITICS
+def test_a_new_critic_values_everything_at_0_wherever_the_scores_lie(opened, functions, critic):
+    actors = assign_roles(opened(reward_function="ones", critic=critic))
+    actors_module.calibrate(actors, torch.tensor([-7.0, -5.0]))
+    assert (actors.offset, actors.scale) == (-6.0, 1.0)
+    _, values = judge_tokens(actors, POLICY, made_up_rollout(actors).batch)
+    assert values.abs().max().item() == 0.0
 
 
 def test_values_of_an_adapter_critic_start_at_the_reward_models_scores(opened):
@@ -530,5 +560,6 @@ def test_against_a_known_reward_the_score_rises_by_more_than_its_first_deviation
     ppo.ppo(run)
     rows = metrics(run)
     last = sum(row["rollout/score"] for row in rows[-4:]) / 4
-    assert last - rows[0]["rollout/score"] > rows[0]["rollout/score_std"] > 0
+    assert rows[0]["rollout/score"] == pytest.approx(0.0, abs=1e-5)  # the unit is the first deviation
+    assert last > 1.0
     assert max(row["rollout/kl_to_reference"] for row in rows) < 10
