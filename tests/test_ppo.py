@@ -30,14 +30,9 @@ def ones(prompts, completions, **columns):
     return [1.0 for _ in completions]
 
 
-def tenths(prompts, completions, **columns):
-    """A constant; the sum of several is rounded."""
-    return [0.1 for _ in completions]
-
-
 @pytest.fixture
 def functions(monkeypatch):
-    known = {"small_letters": small_letters, "ones": ones, "tenths": tenths}
+    known = {"small_letters": small_letters, "ones": ones}
     monkeypatch.setattr(actors_module, "find_function", known.__getitem__)
 
 
@@ -270,7 +265,7 @@ def test_the_saved_policy_is_the_trained_one(opened, monkeypatch):
 
 def test_a_constant_score_moves_nothing(opened, functions):
     """It is 0 after the shift, the first values and the KL are 0 too, and whitening leaves equal advantages at 0."""
-    run = opened(reward_function="tenths", updates=1, num_ppo_epochs=1, critic="trunk")
+    run = opened(reward_function="ones", updates=1, num_ppo_epochs=1, critic="trunk")
     ppo.ppo(run)
     sft = tiny_runs.contents(run.stage_folder("sft") / "adapter", "*.safetensors")
     assert tiny_runs.contents(run.stage_folder("ppo") / "policy", "*.safetensors") == sft
@@ -324,6 +319,13 @@ def test_scores_of_a_function_have_mean_0_and_deviation_1_in_the_first_rollout_a
     mean = sum(letters[:4]) / 4
     deviation = (sum((value - mean) ** 2 for value in letters[:4]) / 4) ** 0.5
     assert scores_of(run) == pytest.approx([(value - mean) / deviation for value in letters], abs=1e-5)
+
+
+def test_a_constant_score_is_not_divided_by_the_rounding_of_its_mean(opened, functions):
+    actors = assign_roles(opened(reward_function="ones"))
+    raw = torch.full((8,), 0.1)
+    assert raw.std(correction=0).item() > 0
+    assert actors_module.calibrate(actors, raw)["scale"] == 1.0
 
 
 @CRITICS
@@ -554,7 +556,7 @@ def test_a_huge_price_keeps_the_policy_at_the_reference(opened, functions, monke
 @CRITICS
 def test_against_a_known_reward_the_score_rises_by_more_than_its_first_deviation(opened, functions, critic):
     settings = {"updates": 20, "num_ppo_epochs": 2, "rollout_batch": 64, "minibatch": 64, "microbatch": 64}
-    settings |= {"learning_rate": 4e-3, "lr_scheduler_type": "linear", "kl_coef": 0.2}
+    settings |= {"learning_rate": 4e-3, "lr_scheduler_type": "linear", "kl_coef": 0.05}
     settings |= {"prompts_per_tag": {"harmful": 16, "ordinary": 16}}
     run = opened(reward_function="small_letters", critic=critic, **settings)
     ppo.ppo(run)
