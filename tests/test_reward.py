@@ -300,15 +300,20 @@ def test_the_baselines_are_the_accuracies_of_longer_shorter_and_refusal_words():
 
 
 @pytest.mark.parametrize("four_bit", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_training_cut_off_and_resumed_equals_training_that_was_not_to_the_bit(opened, tiny_model_64, four_bit):
+def test_training_cut_off_and_resumed_equals_training_that_was_not_to_the_bit(
+    opened, tiny_model_64, four_bit, monkeypatch
+):
     settings = {"model": tiny_model_64, "four_bit": four_bit, "max_steps": 6, "num_train_epochs": 9.0}
     whole = opened("whole", **settings)
     counts = reward.reward(whole)
     resumed = opened("resumed", **settings)
+    said = []
+    monkeypatch.setattr(resumed.progress, "say", said.append)
     for step, complete in ((2, True), (5, False)):
         with tiny_runs.cut_off_at_checkpoint(step, complete=complete):
             reward.reward(resumed)
     assert reward.reward(resumed) == counts
+    assert said == ["  continuing after step 2", "  continuing after step 4"]
     assert tiny_runs.results(resumed.stage_folder("reward")) == tiny_runs.results(whole.stage_folder("reward"))
     assert [row["step"] for row in metrics(resumed)] == [1, 2, 3, 4, 5, 6]
 

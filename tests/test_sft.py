@@ -182,16 +182,21 @@ def test_transformers_takes_as_many_steps_as_announced(opened):
 
 
 @pytest.mark.parametrize("four_bit", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_training_cut_off_and_resumed_equals_training_that_was_not_to_the_bit(opened, tiny_model_64, four_bit):
+def test_training_cut_off_and_resumed_equals_training_that_was_not_to_the_bit(
+    opened, tiny_model_64, four_bit, monkeypatch
+):
     settings = {"model": tiny_model_64, "four_bit": four_bit, "max_steps": 4, "num_train_epochs": 3.0}
     settings["heldout_fraction"] = 0.3
     whole = opened("whole", **settings)
     counts = sft.sft(whole)
     resumed = opened("resumed", **settings)
+    said = []
+    monkeypatch.setattr(resumed.progress, "say", said.append)
     for step, complete in ((1, True), (3, False)):
         with tiny_runs.cut_off_at_checkpoint(step, complete=complete):
             sft.sft(resumed)
     assert sft.sft(resumed) == counts
+    assert said == ["  continuing after step 1", "  continuing after step 2"]
     assert tiny_runs.results(resumed.stage_folder("sft")) == tiny_runs.results(whole.stage_folder("sft"))
     assert "adapter/adapter_model.safetensors" in tiny_runs.results(whole.stage_folder("sft"))
 
