@@ -39,6 +39,9 @@ class Answer:
     tokens: int = 0
 
 
+Answered = list[tuple[Question, Answer]]
+
+
 class Engine(Protocol):
     """Whatever can answer batches of questions."""
 
@@ -51,8 +54,8 @@ class Engine(Protocol):
         """Split questions into the batches they are answered in, as a function of the questions alone."""
         ...
 
-    def answer(self, batch: Sequence[Question]) -> list[Answer]:
-        """Answer one batch, in its order."""
+    def answers(self, batches: Sequence[Sequence[Question]]) -> Iterator[Answered]:
+        """Answer batches; yield questions with their answers as soon as they are there, in any order."""
         ...
 
 
@@ -72,7 +75,7 @@ def ask(
     """Answer questions in their order, taking from the journal what is there and committing each batch before use.
 
     Batches are formed over all questions, answered or not, so a resumed run computes the very batches that an
-    uninterrupted one would.
+    uninterrupted one would. What an engine yields together is committed together.
     """
     known = journal.known(stage)
     keys = {id(q): (q.item_id, q.sample, request_hash(engine.identity, q)) for q in questions}
@@ -81,18 +84,18 @@ def ask(
     if found:
         progress.say(f"  {title}: {len(found)} of {len(questions)} taken from the journal")
     with progress.task(title, missing) as task:
-        for batch in engine.batches(questions) if missing else []:
-            todo = [question for question in batch if id(question) not in found]
-            if not todo:
-                continue
-            answers = engine.answer(todo)
+        batches = engine.batches(questions) if missing else []
+        todo = [[question for question in batch if id(question) not in found] for batch in batches]
+        for group in engine.answers([batch for batch in todo if batch]):
             units = [
                 Unit(stage, *keys[id(question)], result=_to_json(answer), tokens=answer.tokens)
-                for question, answer in zip(todo, answers, strict=True)
+                for question, answer in group
             ]
             journal.put(units)
-            found.update({id(question): answer for question, answer in zip(todo, answers, strict=True)})
-            task.advance(len(todo), tokens=sum(answer.tokens for answer in answers))
+            found.update({id(question): answer for question, answer in group})
+            task.advance(len(group), tokens=sum(answer.tokens for _, answer in group))
+    lost = [question.item_id for question in questions if id(question) not in found]
+    assert not lost, f"the engine gave no answer to {lost[:3]}"
     return iter([found[id(question)] for question in questions])
 
 
