@@ -52,7 +52,7 @@ KILLS = [
     ("rlaif.report.run:render", "", 1, "before"),
 ]
 INTERRUPTS = [
-    ("rlaif.engines.local:LocalEngine.answer", "", 2, "before"),
+    ("rlaif.engines.local:LocalEngine._answer", "", 2, "before"),
     ("rlaif.stages.training:Recorder.on_step_end", "", 2, "before"),
     ("rlaif.stages.judge:judge", "", 1, "before"),
     ("rlaif.stages.training:Recorder.on_step_end", "", 2, "after"),
