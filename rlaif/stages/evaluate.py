@@ -22,10 +22,11 @@ from rlaif.maths import agreement
 from rlaif.model import sampling
 from rlaif.model.roles import BASE, SharedBase
 from rlaif.records import Prompt
-from rlaif.stages.judge import Pair, judge
+from rlaif.stages.judge import judge
 from rlaif.stages.revise import question
 from rlaif.stages.rewards import call_function, find_function
 from rlaif.stages.run import Run, path_sha256, templates
+from rlaif.stages.verdicts import Judge, JudgeSettings, Pair, Verdict
 
 NAME = "evaluate"
 REWARD = "reward"
@@ -219,6 +220,8 @@ def differences(responses: dict[str, list[Response]]) -> list[dict[str, Any]]:
 def win_rates(run: Run, base: SharedBase, responses: dict[str, list[Response]]) -> list[dict[str, Any]]:
     """Let the judge compare policies on some prompts of each tag; equal answers are ties."""
     engine = LocalEngine(base, BASE, batch_size=run.recipe.evaluate.batch_size)
+    asked = JudgeSettings(few_shot=run.recipe.label.few_shot, debias=run.recipe.label.debias)
+    who = Judge(engine, run.constitution, run.journal, run.progress, NAME, asked, run.recipe.model.model_name_or_path)
     limit = run.recipe.evaluate.judge_prompts_per_tag
     result = []
     for against, policy in itertools.combinations(responses, 2):
@@ -235,7 +238,8 @@ def win_rates(run: Run, base: SharedBase, responses: dict[str, list[Response]]) 
             prompt = ours.prompt
             principle = run.principle_for(prompt)
             pairs.append(Pair(f"{prompt.id}/{policy}-{against}", prompt.prompt, ours.text, theirs.text, principle))
-        verdicts = judge(run, NAME, engine, pairs, f"judge: {policy} against {against}")
+        opinions = judge(who, pairs, f"judge: {policy} against {against}")
+        verdicts = [one for one in opinions if isinstance(one, Verdict)]  # an abstention is a tie
         wins = sum(verdict.strength > 0 for verdict in verdicts)
         losses = sum(verdict.strength < 0 for verdict in verdicts)
         n = len(pairs) + equal

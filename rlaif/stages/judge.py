@@ -3,137 +3,142 @@
 Every pair is shown in both orders. With ``s`` for strength and ``b`` for position bias, the judge's logit for the
 answer shown first is ``s + b`` in one order and ``-s + b`` in the other; averaging removes ``b`` (Lee et al. 2023,
 arXiv 2309.00267, section 2.2, who average probabilities; averaging logits recovers ``s`` exactly).
+
+`judge` asks, `measure` asks about pairs whose outcome is known. Both take a `Judge`: an engine, a constitution, a
+journal, and how to ask.
 """
 
 import math
 import statistics
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-from rlaif.constitution import Principle
 from rlaif.documents import canonical_json
-from rlaif.engines.engine import Engine, Question, ask
+from rlaif.engines.engine import Question
 from rlaif.maths import agreement
-from rlaif.prompting import Template
+from rlaif.prompting import Template, load_template
 from rlaif.records import Message, Messages, assistant
-from rlaif.stages.run import Run, templates
+from rlaif.stages.verdicts import (
+    ORDERS,
+    Abstention,
+    Judge,
+    Opinion,
+    Pair,
+    Verdict,
+    failure,
+    verdict_of,
+)
 
 OPTIONS = ("A", "B")
 
 
-class Pair(NamedTuple):
-    """Two answers to one prompt and the principle they are compared under."""
-
-    id: str
-    prompt: str
-    first: str
-    second: str
-    principle: Principle
-
-
-class Verdict(NamedTuple):
-    """What the judge said of a pair, in both orders."""
-
-    preference: float  # P(first is better)
-    strength: float  # logits in favour of `first`
-    bias: float  # logits in favour of whatever is shown first
-    mass: float  # probability on the two option letters, mean over both orders
-    logits: tuple[float, float]  # of the answer shown first, in both orders
-
-    @property
-    def same_position(self) -> bool:
-        """Whether the same position won in both orders."""
-        return self.logits[0] * self.logits[1] > 0
-
-
-def judge(run: Run, stage: str, engine: Engine, pairs: Sequence[Pair], title: str) -> list[Verdict]:
+def judge(who: Judge, pairs: Sequence[Pair], title: str) -> list[Opinion]:
     """Ask for each pair in both orders."""
-    template = templates("compare")["compare"]
-    shown = worked_comparisons(run, template)
+    return by_logprobs(who, pairs, title)
+
+
+def by_logprobs(who: Judge, pairs: Sequence[Pair], title: str) -> list[Opinion]:
+    """Read the verdict from the log-probabilities of the two letters."""
+    template = load_template("compare")
+    shown = worked_comparisons(who, template)
     questions = [
         Question(
             item_id=f"{pair.id}/{order}",
-            messages=[*shown, _request(template, pair, swapped=order == "swapped")],
+            messages=[*shown, request(template, pair, swapped=order == "swapped")],
             options=OPTIONS,
         )
         for pair in pairs
-        for order in ("given", "swapped")
+        for order in ORDERS
     ]
-    answers = list(ask(run.journal, stage, engine, questions, run.progress, title))
-    return [
-        _verdict(answers[index].logprobs, answers[index + 1].logprobs, run.recipe.label.debias)
-        for index in range(0, len(answers), 2)
-    ]
+    answers = who.ask(questions, title)
+    return [_read(who, answers[index : index + 2]) for index in range(0, len(answers), 2)]
 
 
-def worked_comparisons(run: Run, template: Template) -> Messages:
-    """Return the constitution's worked comparisons as turns, as many as the recipe shows to the judge.
+def _read(who: Judge, answers: Sequence[Any]) -> Opinion:
+    """Return what both orders say together, or why they say nothing."""
+    failed = next(filter(None, map(failure, answers)), "")
+    if failed:
+        return Abstention(f"no answer: {failed}")
+    given, swapped = (answer.logprobs for answer in answers)
+    said = (list(given), list(swapped))
+    if not all(map(math.isfinite, (*given, *swapped))):
+        return Abstention("an option has no probability", said)
+    masses = [math.fsum(map(math.exp, row)) for row in (given, swapped)]
+    if min(masses) < who.settings.min_option_mass:
+        return Abstention("too little probability on the options", said)
+    logits = (given[0] - given[1], swapped[0] - swapped[1])
+    return verdict_of(logits, who.settings.debias, mass=statistics.fmean(masses), said=said)
+
+
+def worked_comparisons(who: Judge, template: Template) -> Messages:
+    """Return the constitution's worked comparisons as turns, as many as this judge is shown.
 
     Each is put under its own principle: a question about something else would teach the judge to ignore the question.
     """
     turns: Messages = []
-    for index, example in enumerate(run.constitution.comparisons[: run.recipe.label.few_shot]):
-        principle = run.constitution.principle(example.principle)
+    for index, example in enumerate(who.constitution.comparisons[: who.settings.few_shot]):
+        principle = who.constitution.principle(example.principle)
         pair = Pair(f"worked-{index}", example.prompt, example.first, example.second, principle)
-        turns += [_request(template, pair), *assistant(OPTIONS[example.better == "second"])]
+        turns += [request(template, pair), *assistant(OPTIONS[example.better == "second"])]
     return turns
 
 
-def _request(template: Template, pair: Pair, *, swapped: bool = False) -> Message:
+def request(template: Template, pair: Pair, *, swapped: bool = False) -> Message:
+    """Return the request to compare a pair, in one of its orders."""
     first, second = (pair.second, pair.first) if swapped else (pair.first, pair.second)
     question = pair.principle.comparison_question()
     text = template.render(prompt=pair.prompt, first=first, second=second, question=question)
     return {"role": "user", "content": text}
 
 
-def _verdict(given: Sequence[float], swapped: Sequence[float], space: str) -> Verdict:
-    logits = (given[0] - given[1], swapped[0] - swapped[1])
-    both = agreement.both_orders(*logits, space="logit" if space == "logit" else "probability")
-    mass = statistics.fmean(sum(map(math.exp, row)) for row in (given, swapped))
-    return Verdict(both.preference, both.strength, both.bias, mass, logits)
-
-
-def measure(run: Run, stage: str, engine: Engine) -> dict[str, Any] | None:
+def measure(who: Judge, title: str = "judge on the constitution's tests") -> dict[str, Any] | None:
     """Run the judge on the constitution's tests; None where there are none.
 
-    A test that names no principle is judged under the first one. A verdict without a side counts as wrong.
+    A test that names no principle is judged under the first one. A verdict without a side, or none, counts as wrong.
     """
-    tests = run.constitution.tests
-    if not tests:
-        return None
-    pairs = [
-        Pair(f"test-{index}", test.prompt, test.better, test.worse, run.constitution.principle(test.principle))
-        for index, test in enumerate(tests)
+    pairs = test_pairs(who)
+    return measured(who, judge(who, pairs, title)) if pairs else None
+
+
+def test_pairs(who: Judge) -> list[Pair]:
+    """Return the constitution's tests as pairs whose first answer is the better one."""
+    return [
+        Pair(f"test-{i}", test.prompt, test.better, test.worse, who.constitution.principle(test.principle))
+        for i, test in enumerate(who.constitution.tests)
     ]
-    verdicts = judge(run, stage, engine, pairs, "judge on the constitution's tests")
-    right = [verdict.strength > 0 for verdict in verdicts]
+
+
+def measured(who: Judge, opinions: Sequence[Opinion]) -> dict[str, Any]:
+    """Describe what a judge said of the constitution's tests."""
+    verdicts = [one for one in opinions if isinstance(one, Verdict)]
+    masses = [one.mass for one in verdicts if one.mass is not None]
+    right = [isinstance(one, Verdict) and one.strength > 0 for one in opinions]
     return {
-        "model": run.recipe.model.model_name_or_path,
-        "method": "logprobs",
-        "identity": canonical_json(engine.identity),
+        "model": who.model,
+        "method": who.settings.method,
+        "identity": canonical_json(who.engine.identity) if who.engine else who.settings.function,
         "tests": {
             **agreement.wilson(sum(right), len(right))._asdict(),
             "correct": sum(right),
             "interval": "Wilson 95 %",
         },
         **positions(verdicts),
-        "mean_abs_bias": statistics.fmean(abs(verdict.bias) for verdict in verdicts),
-        "median_abs_strength": statistics.median(abs(verdict.strength) for verdict in verdicts),
-        "option_mass": {
-            "mean": statistics.fmean(verdict.mass for verdict in verdicts),
-            "min": min(verdict.mass for verdict in verdicts),
-        },
+        "abstained": len(opinions) - len(verdicts),
+        "mean_abs_bias": statistics.fmean(abs(one.bias) for one in verdicts) if verdicts else None,
+        "median_abs_strength": statistics.median(abs(one.strength) for one in verdicts) if verdicts else None,
+        "option_mass": {"mean": statistics.fmean(masses), "min": min(masses)} if masses else None,
         "by_test": [
             {
                 "prompt": test.prompt,
                 "better": test.better,
                 "worse": test.worse,
                 "principle": test.principle,
-                "strength": verdict.strength,
-                "bias": verdict.bias,
-                "correct": verdict.strength > 0,
+                "strength": one.strength if isinstance(one, Verdict) else None,
+                "bias": one.bias if isinstance(one, Verdict) else None,
+                "correct": correct,
+                "abstained": one.reason if isinstance(one, Abstention) else None,
             }
-            for test, verdict in zip(tests, verdicts, strict=True)
+            for test, one, correct in zip(who.constitution.tests, opinions, right, strict=True)
         ],
     }
 
@@ -143,6 +148,6 @@ def positions(verdicts: Sequence[Verdict]) -> dict[str, Any]:
     same = [verdict for verdict in verdicts if verdict.same_position]
     first = sum(verdict.logits[0] > 0 for verdict in same)
     return {
-        "same_position": agreement.wilson(len(same), len(verdicts))._asdict(),
+        "same_position": agreement.wilson(len(same), len(verdicts))._asdict() if verdicts else None,
         "same_position_choice": None if not same else "first" if 2 * first >= len(same) else "second",
     }

@@ -27,7 +27,7 @@ from rlaif.human.labels import read_labels
 from rlaif.maths import agreement
 from rlaif.model.roles import BASE, SharedBase
 from rlaif.records import Comparison, Messages, Prompt, assistant, read_jsonl, text_of
-from rlaif.stages.judge import Pair, judge, measure, positions
+from rlaif.stages.judge import judge, measure, positions
 from rlaif.stages.revise import (
     Chain,
     Step,
@@ -38,6 +38,7 @@ from rlaif.stages.revise import (
     whole_sentences,
 )
 from rlaif.stages.run import Run, path_sha256, templates
+from rlaif.stages.verdicts import Abstention, Judge, JudgeSettings, Pair, Verdict
 
 NAME = "label"
 POLICY = "policy"
@@ -73,7 +74,7 @@ def label(run: Run) -> dict[str, Any]:
     if run.recipe.feedback != "human":
         base = run.load_base()
         engine = LocalEngine(base, BASE, batch_size=settings.batch_size)
-        quality["judge"] = measure(run, NAME, engine)
+        quality["judge"] = measure(judge_of(run, engine))
         quality["judge_labels"] = method == "judge"
         files.write_json(folder / "judge.json", quality["judge"])  # readable also where the next line stops the run
         if method == "judge":
@@ -95,6 +96,13 @@ def label(run: Run) -> dict[str, Any]:
     files.write_jsonl(folder / "unused.jsonl", unused)
     files.write_json(folder / "quality.json", quality)
     return {"comparisons": len(comparisons), "unused": len(unused), "by_tag": quality["labels"]["by_tag"]}
+
+
+def judge_of(run: Run, engine: Engine) -> Judge:
+    """Return the recipe's judge."""
+    settings = JudgeSettings(few_shot=run.recipe.label.few_shot, debias=run.recipe.label.debias)
+    model = run.recipe.model.model_name_or_path
+    return Judge(engine, run.constitution, run.journal, run.progress, NAME, settings, model)
 
 
 def human_labels(run: Run) -> tuple[list[Comparison], list[dict[str, Any]]]:
@@ -153,9 +161,13 @@ def by_judge(run: Run, base: SharedBase, engine: Engine) -> Labels:
             continue
         principle = run.principle_for(prompt)
         pairs.append((prompt, Pair(prompt.id, prompt.prompt, first.text, second.text, principle)))
-    verdicts = judge(run, NAME, engine, [pair for _, pair in pairs], "comparisons")
+    opinions = judge(judge_of(run, engine), [pair for _, pair in pairs], "comparisons")
+    verdicts = [one for one in opinions if isinstance(one, Verdict)]
     comparisons = []
-    for (prompt, pair), verdict in zip(pairs, verdicts, strict=True):
+    for (prompt, pair), verdict in zip(pairs, opinions, strict=True):
+        if isinstance(verdict, Abstention):
+            unused.append({"id": prompt.id, "reason": verdict.reason, "texts": [pair.first, pair.second]})
+            continue
         if abs(verdict.strength) <= settings.min_strength:
             unused.append({"id": prompt.id, "reason": "tie", "texts": [pair.first, pair.second]})
             continue
