@@ -6,14 +6,13 @@ from pathlib import Path
 
 import oracles
 import pytest
-from scripted import CONSTITUTION, PROMPTS, ScriptedEngine, make_run, prefers
+from scripted import CONSTITUTION, PROMPTS, ScriptedEngine, judge_of, make_run, prefers
 
 from rlaif.documents import shipped
 from rlaif.engines.engine import Question
 from rlaif.prompting import load_template
 from rlaif.report.reading import Judge
 from rlaif.stages.judge import judge, measure, positions, worked_comparisons
-from rlaif.stages.label import judge_of
 from rlaif.stages.run import Run
 from rlaif.stages.verdicts import Abstention, Pair, Verdict
 

@@ -22,6 +22,8 @@ PLAIN = {
     "constitution",
     "prompting",
     "recipe",
+    "sections",
+    "steering",
     "filters",
     "files",
     "journal",

@@ -33,7 +33,7 @@ def ones(prompts, completions, **columns):
 @pytest.fixture
 def functions(monkeypatch):
     known = {"small_letters": small_letters, "ones": ones}
-    monkeypatch.setattr(actors_module, "find_function", known.__getitem__)
+    monkeypatch.setattr("rlaif.stages.judged_reward.find_function", known.__getitem__)
 
 
 @pytest.fixture

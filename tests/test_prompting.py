@@ -16,6 +16,7 @@ from rlaif.prompting import Template, load_template, sandbox
 
 GOLDEN = Path(__file__).parent / "golden"
 SHIPPED = sorted(path.stem for path in shipped("prompts").glob("*.jinja"))
+NAMES = ["compare", "contrast", "critique", "gather", "rate", "revise", "weigh"]
 ANSWER = "Put it into boiling water\nfor eight minutes."
 VALUES = {
     "compare": {
@@ -26,6 +27,14 @@ VALUES = {
     },
     "contrast": {"principles": "- The answer is kind.\n- The answer is true."},
     "critique": {"prompt": "How do I boil an egg?", "response": ANSWER, "request": "Say what is missing."},
+    "gather": {"principles": "- The answer is kind.\n- The answer is true."},
+    "rate": {"prompt": "How do I boil an egg?", "response": ANSWER, "principle": "The answer helps."},
+    "weigh": {
+        "prompt": "How do I boil an egg?",
+        "first": "Put it into boiling water for eight minutes.",
+        "second": "I can't talk about boiling.",
+        "question": "Which answer helps more?",
+    },
     "revise": {
         "prompt": "How do I boil an egg?",
         "response": ANSWER,
@@ -75,9 +84,7 @@ def test_shipped_templates_render_as_their_golden_files(name: str) -> None:
 
 
 def test_every_shipped_template_has_a_golden_file_and_is_named_by_its_verb() -> None:
-    assert (
-        SHIPPED == ["compare", "contrast", "critique", "revise"] == sorted(path.stem for path in GOLDEN.glob("*.txt"))
-    )
+    assert SHIPPED == NAMES == sorted(path.stem for path in GOLDEN.glob("*.txt"))
     assert all(template.name == name for name, template in TEMPLATES.items())
 
 

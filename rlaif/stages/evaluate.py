@@ -23,8 +23,9 @@ from rlaif.model import sampling
 from rlaif.model.roles import BASE, SharedBase
 from rlaif.records import Prompt
 from rlaif.stages.judge import judge
+from rlaif.stages.judged_reward import reward_function, reward_inputs
 from rlaif.stages.revise import question
-from rlaif.stages.rewards import call_function, find_function
+from rlaif.stages.rewards import call_function
 from rlaif.stages.run import Run, path_sha256, templates
 from rlaif.stages.verdicts import Judge, JudgeSettings, Pair, Verdict
 
@@ -68,7 +69,7 @@ def inputs(run: Run) -> dict[str, str]:
         },
         constitution=run.constitution.hash_of("principles", "comparisons"),
         judge=[run.recipe.label.few_shot, run.recipe.label.debias],
-        reward_function=run.recipe.ppo.reward_function,
+        reward_function=[run.recipe.ppo.reward_function, reward_inputs(run)],
         prompts=run.prompts_hash(run.select("eval", settings.prompts_per_tag)),
         templates=[templates("compare")["compare"].hash],
     )
@@ -150,7 +151,7 @@ def score_and_kl(
     name = run.recipe.ppo.reward_function if "ppo" in run.recipe.stages else None
     measured = None
     if name:
-        found = find_function(name)
+        found = reward_function(run, base, NAME)
         columns = {"tag": [prompt.tag for prompt in prompts], "id": [prompt.id for prompt in prompts]}
         scores = list(call_function(name, found, [prompt.prompt for prompt in prompts], texts, **columns))
     elif REWARD in base.heads:

@@ -13,6 +13,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+from rlaif.constitution import Constitution
 from rlaif.documents import canonical_json
 from rlaif.engines.engine import Question
 from rlaif.maths import agreement
@@ -32,19 +33,14 @@ from rlaif.stages.verdicts import (
 OPTIONS = ("A", "B")
 
 
-def judge(who: Judge, pairs: Sequence[Pair], title: str) -> list[Opinion]:
-    """Ask for each pair in both orders."""
-    return by_logprobs(who, pairs, title)
-
-
 def by_logprobs(who: Judge, pairs: Sequence[Pair], title: str) -> list[Opinion]:
     """Read the verdict from the log-probabilities of the two letters."""
     template = load_template("compare")
-    shown = worked_comparisons(who, template)
+    examples = worked_comparisons(who, template)
     questions = [
         Question(
             item_id=f"{pair.id}/{order}",
-            messages=[*shown, request(template, pair, swapped=order == "swapped")],
+            messages=[*examples, request(template, pair, swapped=order == "swapped")],
             options=OPTIONS,
         )
         for pair in pairs
@@ -91,42 +87,50 @@ def request(template: Template, pair: Pair, *, swapped: bool = False) -> Message
     return {"role": "user", "content": text}
 
 
+def judge(who: Judge, pairs: Sequence[Pair], title: str) -> list[Opinion]:
+    """Ask a judge about pairs, by its method; those that show both answers at once show them in both orders."""
+    from rlaif.stages.rating import by_function, by_rating
+    from rlaif.stages.reasoning import by_verdict
+
+    ways = {"logprobs": by_logprobs, "verdict": by_verdict, "rating": by_rating, "function": by_function}
+    return ways[who.settings.method](who, pairs, title) if pairs else []
+
+
 def measure(who: Judge, title: str = "judge on the constitution's tests") -> dict[str, Any] | None:
     """Run the judge on the constitution's tests; None where there are none.
 
     A test that names no principle is judged under the first one. A verdict without a side, or none, counts as wrong.
     """
-    pairs = test_pairs(who)
-    return measured(who, judge(who, pairs, title)) if pairs else None
+    pairs = test_pairs(who.constitution)
+    return described(who) | measured(who.constitution, judge(who, pairs, title)) if pairs else None
 
 
-def test_pairs(who: Judge) -> list[Pair]:
+def described(who: Judge) -> dict[str, Any]:
+    """Return who judges, and how."""
+    identity = canonical_json(who.engine.identity) if who.engine else who.settings.function
+    return {"model": who.model, "method": who.settings.method, "identity": identity}
+
+
+def test_pairs(constitution: Constitution) -> list[Pair]:
     """Return the constitution's tests as pairs whose first answer is the better one."""
     return [
-        Pair(f"test-{i}", test.prompt, test.better, test.worse, who.constitution.principle(test.principle))
-        for i, test in enumerate(who.constitution.tests)
+        Pair(f"test-{i}", test.prompt, test.better, test.worse, constitution.principle(test.principle), test.tag or "")
+        for i, test in enumerate(constitution.tests)
     ]
 
 
-def measured(who: Judge, opinions: Sequence[Opinion]) -> dict[str, Any]:
-    """Describe what a judge said of the constitution's tests."""
+def measured(constitution: Constitution, opinions: Sequence[Opinion]) -> dict[str, Any]:
+    """Describe what was said of each test of the constitution."""
     verdicts = [one for one in opinions if isinstance(one, Verdict)]
-    masses = [one.mass for one in verdicts if one.mass is not None]
     right = [isinstance(one, Verdict) and one.strength > 0 for one in opinions]
     return {
-        "model": who.model,
-        "method": who.settings.method,
-        "identity": canonical_json(who.engine.identity) if who.engine else who.settings.function,
         "tests": {
             **agreement.wilson(sum(right), len(right))._asdict(),
             "correct": sum(right),
             "interval": "Wilson 95 %",
         },
-        **positions(verdicts),
         "abstained": len(opinions) - len(verdicts),
-        "mean_abs_bias": statistics.fmean(abs(one.bias) for one in verdicts) if verdicts else None,
-        "median_abs_strength": statistics.median(abs(one.strength) for one in verdicts) if verdicts else None,
-        "option_mass": {"mean": statistics.fmean(masses), "min": min(masses)} if masses else None,
+        **shown(verdicts),
         "by_test": [
             {
                 "prompt": test.prompt,
@@ -138,8 +142,19 @@ def measured(who: Judge, opinions: Sequence[Opinion]) -> dict[str, Any]:
                 "correct": correct,
                 "abstained": one.reason if isinstance(one, Abstention) else None,
             }
-            for test, one, correct in zip(who.constitution.tests, opinions, right, strict=True)
+            for test, one, correct in zip(constitution.tests, opinions, right, strict=True)
         ],
+    }
+
+
+def shown(verdicts: Sequence[Verdict]) -> dict[str, Any]:
+    """Return what verdicts show of a judge whether or not they are right: position, bias, strength, option mass."""
+    masses = [one.mass for one in verdicts if one.mass is not None]
+    return {
+        **positions(verdicts),
+        "mean_abs_bias": statistics.fmean(abs(one.bias) for one in verdicts) if verdicts else None,
+        "median_abs_strength": statistics.median(abs(one.strength) for one in verdicts) if verdicts else None,
+        "option_mass": {"mean": statistics.fmean(masses), "min": min(masses)} if masses else None,
     }
 
 
