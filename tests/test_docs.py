@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import typer
@@ -117,6 +117,9 @@ def keys_of(model: type[BaseModel], default: Any = PydanticUndefined, prefix: st
             yield from keys_of(kind, value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
+            inner = next((one for one in get_args(kind) if isinstance(one, type) and issubclass(one, BaseModel)), None)
+            if inner is not None:  # a list of sections
+                yield from keys_of(inner, prefix=f"{prefix}{name}[].")
 
 
 def written(default: Any) -> str:
