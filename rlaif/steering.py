@@ -9,7 +9,7 @@ import re
 from typing import Literal
 
 from rlaif.documents import shipped
-from rlaif.records import Row, read_rows
+from rlaif.records import Messages, Row, read_rows
 
 Kind = Literal["instruction to the judge", "verdict look-alike", "control token", "master key", "no content"]
 IN_PROMPTS: tuple[Kind, ...] = ("instruction to the judge", "verdict look-alike", "control token")
@@ -103,10 +103,11 @@ def flags_of(text: str, kinds: tuple[Kind, ...] = tuple(_RULES)) -> list[str]:
     ]
 
 
-def flags_of_pair(prompt: str, first: str, second: str) -> list[str]:
-    """Return the flags of a prompt and two answers, each with the part that it is about."""
+def flags_of_pair(prompt: Messages, first: str, second: str) -> list[str]:
+    """Return the flags of a prompt's turns and of two answers, each with the part that it is about."""
+    in_prompt = dict.fromkeys(flag for turn in prompt for flag in flags_of(turn["content"], IN_PROMPTS))
     return [
-        *(f"prompt: {flag}" for flag in flags_of(prompt, IN_PROMPTS)),
+        *(f"prompt: {flag}" for flag in in_prompt),
         *(f"first: {flag}" for flag in flags_of(first)),
         *(f"second: {flag}" for flag in flags_of(second)),
     ]

@@ -135,7 +135,7 @@ def test_peoples_labels_are_the_measure_and_no_judge_is_shown_them(make: Maker, 
     label.label(run)
     quality = json.loads((run.folder / "3-label" / "quality.json").read_text())
     assert (quality["reference"]["count"], quality["reference"]["n"]) == (12, 12)
-    assert (quality["reference"]["low"], quality["reference"]["high"]) == pytest.approx((0.757504, 1.0), abs=1e-6)
+    assert (quality["reference"]["low"], quality["reference"]["high"]) == pytest.approx((0.757506, 1.0), abs=1e-6)
     rules = quality["reference"]["rules"]
     assert (rules["longer"]["rate"], rules["shorter"]["rate"], rules["refusal_words"]["rate"]) == (1.0, 0.0, 0.5)
     shown = [json.dumps(question.messages) for question in engine.asked]

@@ -160,7 +160,7 @@ def test_every_yaml_example_is_a_valid_recipe_or_constitution(tmp_path: Path) ->
     for index, (page, body) in enumerate(yaml_blocks()):
         path = tmp_path / f"{page}-{index}.yaml"
         path.write_text(body)
-        if "principles:" in body:
+        if "\nprinciples:" in body:
             kinds.append("constitution")
             assert constitutions.load(path).tests
         else:

@@ -141,7 +141,7 @@ def test_an_answer_that_cannot_be_read_is_kept_aside_with_its_vote(make: Maker) 
         return "Verdict: A" if GOOD in first or '"good"' in first else "Verdict: B"
 
     rows, unused, quality = labelled(make(ScriptedEngine(say), label={**QUIET, "judge_method": "verdict"}))
-    assert {row.preference for row in rows} == {pytest.approx(0.6)} and len(rows) == 4
+    assert [row.preference for row in rows] == [pytest.approx(0.6)] * 4
     assert [(row["id"], row["reason"]) for row in unused] == [("h1", "unreadable verdict")]
     assert unused[0]["votes"][0]["preference"] is None
     assert unused[0]["votes"][0]["reasoning"] == ["Both have their merits."] * 2

@@ -22,7 +22,7 @@ from rlaif.human.labels import read_labels
 from rlaif.maths import agreement
 from rlaif.records import Comparison, text_of
 from rlaif.stages import quality as qualities
-from rlaif.stages.candidates import NAME, Candidate, Engines, Unused, collect, comparison, spoken
+from rlaif.stages.candidates import NAME, Candidate, Engines, Unused, collect, comparison
 from rlaif.stages.construction import by_contrast, by_revision
 from rlaif.stages.run import Run, templates
 from rlaif.stages.votes import Ballot, Panel, cast, panel_of, swap_test
@@ -171,7 +171,7 @@ def by_judge(run: Run, engines: Engines, panel: Panel) -> tuple[list[Comparison]
 
 def _unsteered(run: Run, found: Sequence[Candidate], unused: Unused) -> tuple[list[Candidate], dict[str, list[str]]]:
     """Flag candidates whose text tries to steer a judge, and set them aside before one is asked, if that is wished."""
-    flags = {one.id: steering.flags_of_pair(spoken(one.prompt), one.first, one.second) for one in found}
+    flags = {one.id: steering.flags_of_pair(one.prompt, one.first, one.second) for one in found}
     if run.recipe.label.flagged == "keep":
         return list(found), flags
     unused += [
