@@ -91,8 +91,8 @@ def _every(numbers, arm, expected, prepare, scenario, check):
     raise AssertionError("no child came through")
 
 
-def at_every_step(prepare, scenario, check):
-    return _every(itertools.count(1), _die_at_step, signal.SIGKILL, prepare, scenario, check)
+def at_every_step(prepare, scenario, check, stride=1):
+    return _every(itertools.count(1, stride), _die_at_step, signal.SIGKILL, prepare, scenario, check)
 
 
 def at_every_byte(prepare, scenario, check, start=0, stride=1):

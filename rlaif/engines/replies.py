@@ -139,7 +139,7 @@ def complaint(body: bytes, clean: Clean) -> str:
         error = error.get("message", error)
     words = error if isinstance(error, str) and error else json.dumps(error) if error else text
     line = "".join(char if char.isprintable() else " " for char in clean(words))
-    return " ".join(line.split())[:300] or "no message"
+    return " ".join(line.split())[:300].rstrip(".") or "no message"
 
 
 def _choice(reply: dict[str, Any]) -> dict[str, Any]:

@@ -139,7 +139,7 @@ class ServerEngine:
             return Answer(error=f"the server refused the request: {refusal}")
         except _Hopeless as refusal:
             raise self._error(
-                f"refuses every request {refusal}. Check engines.{self._name}.model, .urls and .extra_body, and how "
+                f"refuses every request: {refusal}. Check engines.{self._name}.model, .urls and .extra_body, and how "
                 "the server was started; then run the same command again."
             ) from None
 
@@ -226,10 +226,10 @@ class ServerEngine:
                         f"{trouble}. All answers so far are stored; when the server is well again, run the same "
                         "command again."
                     ) from None
-                await self._wait_to_retry(attempt, at)
+                await self._wait_to_retry(attempt, place, at)
             except Refusal as refusal:
                 if at:
-                    raise _Hopeless(f"({place.url}) {refusal}") from None
+                    raise _Hopeless(f"{refusal} ({place.url})") from None
                 probe = body | {"messages": [{"role": "user", "content": "Say yes."}], "max_tokens": 1}
                 await self._request(question, probe, lambda reply: None, place)
                 raise
@@ -251,13 +251,14 @@ class ServerEngine:
         now = time.monotonic()
         return [place for place in self._places if place.free_at <= now]
 
-    async def _wait_to_retry(self, attempt: int, at: Place | None) -> None:
+    async def _wait_to_retry(self, attempt: int, failed: Place, at: Place | None) -> None:
         """Wait twice as long as before the last attempt, unless another address can be asked at once."""
         seconds = min(_FIRST_WAIT * 2 ** (attempt - 1), LONGEST_WAIT)
         if at:
-            await self._pause(max(seconds, at.free_at - time.monotonic()))
-        elif not self._ready():
-            await self._pause(seconds)
+            seconds = max(seconds, at.free_at - time.monotonic())
+        elif any(place is not failed for place in self._ready()):
+            return
+        await self._pause(seconds)
 
     async def _pause(self, seconds: float) -> None:
         """Wait, a little longer than said, so that not all questions come back at once."""

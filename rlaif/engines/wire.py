@@ -86,6 +86,7 @@ class Wire:
                 timeout=httpx2.Timeout(None, connect=min(10.0, timeout_seconds)),
                 follow_redirects=False,
                 trust_env=not is_local(url),
+                verify=url.startswith("https:") or not is_local(url),  # without TLS its certificates need no loading
             )
             for url in urls
         }

@@ -31,6 +31,7 @@ NAME = "evaluate"
 REWARD = "reward"
 _MICROBATCH = 8
 _SAMPLES_PER_TAG = 5
+_NO_PAIRS = {"n": 0, "count": 0.0, "rate": None, "low": None, "high": None}  # where the judge answered nothing
 
 
 class Response(NamedTuple):
@@ -247,7 +248,7 @@ def win_rates(run: Run, base: SharedBase, responses: dict[str, list[Response]]) 
         head = {"policy": policy, "against": against, "failed": failed}
         result.append(
             {**head, "wins": wins, "losses": losses, "ties": n - wins - losses}
-            | agreement.win_rate(wins, n - wins - losses, n)._asdict()
+            | (agreement.win_rate(wins, n - wins - losses, n)._asdict() if n else _NO_PAIRS)
             | {"same_position": rate([verdict.same_position for verdict in verdicts]) if verdicts else None}
         )
     return result

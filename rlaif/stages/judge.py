@@ -113,6 +113,7 @@ def measure(run: Run, stage: str, engine: Engine) -> dict[str, Any] | None:
     verdicts = judge(run, stage, engine, pairs, "judge on the constitution's tests")
     right = [verdict.strength > 0 for verdict in verdicts]
     given = [verdict for verdict in verdicts if not verdict.error] or verdicts
+    measured = [verdict for verdict in given if verdict.method == "logprobs" and not verdict.error]
     return {
         "model": run.model_of(run.recipe.label.judge),
         "method": "verdict" if any(verdict.method == "verdict" for verdict in verdicts) else "logprobs",
@@ -127,9 +128,11 @@ def measure(run: Run, stage: str, engine: Engine) -> dict[str, Any] | None:
         "mean_abs_bias": statistics.fmean(abs(verdict.bias) for verdict in given),
         "median_abs_strength": statistics.median(abs(verdict.strength) for verdict in given),
         "option_mass": {
-            "mean": statistics.fmean(verdict.mass for verdict in given),
-            "min": min(verdict.mass for verdict in given),
-        },
+            "mean": statistics.fmean(verdict.mass for verdict in measured),
+            "min": min(verdict.mass for verdict in measured),
+        }
+        if measured
+        else None,
         "by_test": [
             {
                 "prompt": test.prompt,
@@ -151,6 +154,6 @@ def positions(verdicts: Sequence[Verdict]) -> dict[str, Any]:
     same = [verdict for verdict in verdicts if verdict.same_position]
     first = sum(verdict.logits[0] > 0 for verdict in same)
     return {
-        "same_position": agreement.wilson(len(same), len(verdicts))._asdict(),
+        "same_position": agreement.wilson(len(same), len(verdicts))._asdict() if verdicts else None,
         "same_position_choice": None if not same else "first" if 2 * first >= len(same) else "second",
     }
