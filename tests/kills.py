@@ -99,9 +99,9 @@ def at_every_byte(prepare, scenario, check, start=0, stride=1):
     return _every(itertools.count(start, stride), _die_at_byte, signal.SIGXFSZ, prepare, scenario, check)
 
 
-def in_own_process(module, name):
+def in_own_process(module, name, seconds=120):
     """Run ``python MODULE NAME``, whose `main` is below; return the number of kills."""
-    result = subprocess.run([sys.executable, module, name], capture_output=True, text=True, timeout=120)
+    result = subprocess.run([sys.executable, module, name], capture_output=True, text=True, timeout=seconds)
     assert result.returncode == 0, result.stderr
     return int(result.stdout)
 

@@ -30,7 +30,7 @@ CHOICE = Question("c/given", [{"role": "user", "content": "A or B?"}], options=(
 
 
 @pytest.fixture
-def journal(tmp_path: Path) -> Iterator[Journal]:
+def journal(tmp_path: Path, no_sync: None) -> Iterator[Journal]:
     with Journal(tmp_path / "journal.db") as opened:
         yield opened
 

@@ -28,7 +28,7 @@ SERVED = {"responder": "big", "critic": "big", "reviser": "big", "filters": []}
 
 
 @pytest.fixture
-def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Maker:
+def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_sync: None) -> Maker:
     async def pause(seconds: float) -> None:
         return None
 
@@ -128,7 +128,7 @@ def test_steps_before_the_failure_are_demonstrations_where_all_rounds_are(make: 
         assert (counts["kept"], counts["failed"]) == (4, 1)
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(0, 2**32), st.sampled_from(["all", "last"]), st.integers(1, 2))
 def test_rows_in_are_rows_kept_set_aside_and_failed_whatever_fails(
     make: Maker, tmp_path: Path, luck: int, kept: str, rounds: int
