@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from rlaif.endpoints import BASE
+
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -40,15 +42,16 @@ class JudgeSection(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="stands in every vote")
     method: JudgeMethod = "logprobs"
     function: str | None = Field(None, description="a registered scoring function, for the method `function`")
-    adapter: str | None = Field(None, description="`sft`, or an adapter folder; absent: the base model")
+    engine: str | None = Field(None, description="`base`, or a name in `engines`; absent: as label.judge")
+    adapter: str | None = Field(None, description="judges with `sft`, or with an adapter folder, on the base model")
     few_shot: int | None = Field(None, ge=0, description="absent: as label.few_shot")
     weight: PositiveFloat = 1.0
 
     @model_validator(mode="after")
     def _function_has_a_name(self) -> "JudgeSection":
         _check_function(self.method, self.function, "function")
-        if self.function and self.adapter:
-            raise ValueError("a function is asked without a model; remove `adapter`")
+        if bool(self.function) + bool(self.adapter) + bool(self.engine) > 1:
+            raise ValueError("a judge is a function, an adapter on the base or an engine; give one of these keys")
         return self
 
 
@@ -56,6 +59,7 @@ class LabelSection(Section):
     """Where comparisons come from when `feedback` is `ai`."""
 
     method: Literal["judge", "revision", "contrast"] = "judge"
+    judge: str = Field(BASE, description="who judges: `base`, or a name in `engines`")
     candidates: Literal["samples", "revision", "policies", "file"] = Field("samples", description="what is compared")
     samples_per_prompt: int = Field(2, ge=2, description="responses to a prompt, for `samples`")
     max_pairs_per_prompt: Positive | None = Field(None, description="pairs of a prompt's samples; absent: all")

@@ -206,8 +206,8 @@ def make_run(
     def engine_of(_: Any, role: str, **settings: Any) -> ScriptedEngine | None:
         return engine[role] if isinstance(engine, dict) else engine
 
-    for stage in ("revise", "candidates", "evaluate"):
-        monkeypatch.setattr(f"rlaif.stages.{stage}.LocalEngine", engine_of)
+    for module in ("run", "candidates", "evaluate"):
+        monkeypatch.setattr(f"rlaif.stages.{module}.LocalEngine", engine_of)
     monkeypatch.setattr(Run, "load_base", lambda run: base)
     folder = tmp_path / "run"
     run = Run(load_recipe(tmp_path / "recipe.yaml"), folder, Journal(folder / "journal.db"), Said())

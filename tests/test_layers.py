@@ -18,6 +18,8 @@ SOURCES = sorted(path for path in PACKAGE.rglob("*.py") if "_shipped" not in pat
 PLAIN = {
     "errors",
     "documents",
+    "endpoints",
+    "overrides",
     "records",
     "constitution",
     "prompting",

@@ -5,9 +5,9 @@ key that says what it is for, and a hash of everything that determines its answe
 the sampling settings and the seed. An answer is committed to the journal before it is used; asking again reads it.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from rlaif.documents import fingerprint
 from rlaif.journal import Journal, Unit
@@ -31,12 +31,18 @@ class Question:
 
 @dataclass(frozen=True)
 class Answer:
-    """Written text and whether it ended by itself, or the log-probabilities of the options in their order."""
+    """Written text and whether it ended by itself, or the log-probabilities of the options in their order.
+
+    An answer with an `error` holds neither: it says why there will be none, and asking again would not help. With the
+    method ``verdict`` the log-probabilities were not measured: they stand for a letter that was read in a short text.
+    """
 
     text: str = ""
     ended: bool = True
     logprobs: tuple[float, ...] = ()
     tokens: int = 0
+    error: str = ""
+    method: Literal["logprobs", "verdict"] = "logprobs"
 
 
 Answered = list[tuple[Question, Answer]]
@@ -86,17 +92,23 @@ def ask(
     with progress.task(title, missing) as task:
         batches = engine.batches(questions) if missing else []
         todo = [[question for question in batch if id(question) not in found] for batch in batches]
-        for group in engine.answers([batch for batch in todo if batch]):
-            units = [
-                Unit(stage, *keys[id(question)], result=_to_json(answer), tokens=answer.tokens)
-                for question, answer in group
-            ]
-            journal.put(units)
-            found.update({id(question): answer for question, answer in group})
-            task.advance(len(group), tokens=sum(answer.tokens for _, answer in group))
+        groups = engine.answers([batch for batch in todo if batch])
+        try:
+            for group in groups:
+                journal.put([_unit(stage, keys[id(question)], answer) for question, answer in group])
+                found.update({id(question): answer for question, answer in group})
+                task.advance(len(group), tokens=sum(answer.tokens for _, answer in group))
+        finally:
+            if isinstance(groups, Generator):  # ends what it has under way now, and not when it is collected
+                groups.close()
     lost = [question.item_id for question in questions if id(question) not in found]
     assert not lost, f"the engine gave no answer to {lost[:3]}"
     return iter([found[id(question)] for question in questions])
+
+
+def _unit(stage: str, key: tuple[str, int, str], answer: Answer) -> Unit:
+    status: Literal["ok", "bad_request"] = "bad_request" if answer.error else "ok"
+    return Unit(stage, *key, result=_to_json(answer), status=status, tokens=answer.tokens)
 
 
 def _to_json(answer: Answer) -> dict[str, Any]:

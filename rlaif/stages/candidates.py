@@ -12,13 +12,15 @@ from typing import Any, Literal, NamedTuple
 
 from rlaif.constitution import Principle, applying, draw
 from rlaif.documents import fingerprint
+from rlaif.engines.engine import Engine
 from rlaif.engines.local import LocalEngine
-from rlaif.errors import StageError
 from rlaif.human.labels import read_labels
 from rlaif.model.roles import BASE, SharedBase
-from rlaif.records import Comparison, Messages, Prompt, Split, assistant, read_jsonl, text_of
+from rlaif.records import Comparison, Messages, Prompt, Split, assistant, text_of
+from rlaif.stages.chains import revised_chains
 from rlaif.stages.revise import respond
 from rlaif.stages.run import Run, path_sha256
+from rlaif.stages.verdicts import NO_ANSWER
 
 NAME = "label"
 POLICY = "policy"
@@ -73,6 +75,15 @@ class Engines:
             self._known[role] = LocalEngine(self._base, role, batch_size=size, adapter=sha256)
         return self._known[role]
 
+    def load(self) -> SharedBase:
+        """Return the base model, loaded the first time."""
+        return self._base
+
+    def judge(self, name: str, *, chooses: bool) -> Engine:
+        """Return the base model or a server as a judge."""
+        size = self._run.recipe.label.batch_size
+        return self._run.engine(name, self.load, batch_size=size, chooses=chooses)
+
     def policy(self) -> LocalEngine:
         """Return the SFT policy; without an SFT stage, the base model."""
         return self.named("sft" if "sft" in self._run.recipe.stages else BASE)
@@ -118,7 +129,9 @@ def from_revisions(run: Run) -> tuple[list[Candidate], Unused]:
     found: list[Candidate] = []
     unused: Unused = []
     for prompt, row in revised_chains(run):
-        if row["steps"]:
+        if row.get("error"):
+            unused.append(no_answer(prompt, f"revise: {row['error']}"))
+        elif row["steps"]:
             texts = {"revision": row["steps"][-1]["revision"], "response": row["response"]}
             _pair_up(run, prompt, texts, found, unused)
     return found, unused
@@ -191,34 +204,16 @@ def principles_of(run: Run, prompt_id: str, tag: str, category: str = "") -> tup
     return tuple(applying(constitution, tag, category))
 
 
-def revised_chains(run: Run) -> list[tuple[Prompt, dict[str, Any]]]:
-    """Return the chains of the revise stage: the first so many of each named tag, or all where no tag is named.
-
-    Raises:
-        StageError: a chain's prompt is not in the prompt sets (any more).
-    """
-    path, wanted = run.output("revise", "chains.jsonl"), run.recipe.label.prompts_per_tag
-    known = {prompt.id: prompt for prompt in run.prompts}
-    seen: Counter[str] = Counter()
-    result = []
-    for line, row in read_jsonl(path):
-        prompt = known.get(row["prompt_id"])
-        if prompt is None:
-            raise StageError(
-                f"{path}:{line}: the prompt `{row['prompt_id']}` is not in the recipe's prompt sets. Run the stage "
-                f"`revise` again: rlaif revise {run.loaded.path}"
-            )
-        seen[prompt.tag] += 1
-        if not wanted or seen[prompt.tag] <= wanted.get(prompt.tag, 0):
-            result.append((prompt, row))
-    return result
-
-
 def spoken(messages: Messages) -> str:
     """Return a prompt as the judge reads it: a single turn as it is, several with who says them."""
     if len(messages) == 1:
         return messages[0]["content"]
     return "\n\n".join(f"{_SPEAKERS.get(turn['role'], turn['role'])}: {turn['content']}" for turn in messages)
+
+
+def no_answer(prompt: Prompt, error: str) -> dict[str, Any]:
+    """Return the row of a prompt that an engine does not answer."""
+    return {"id": prompt.id, "reason": NO_ANSWER, "error": error}
 
 
 def unusable(better: str, worse: str) -> str | None:

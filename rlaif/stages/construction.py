@@ -11,9 +11,9 @@ from typing import Any
 
 from rlaif import filters
 from rlaif.engines.engine import ask
-from rlaif.model.roles import BASE
 from rlaif.records import Comparison, Messages, Prompt
-from rlaif.stages.candidates import NAME, Engines, comparison, revised_chains, unusable
+from rlaif.stages.candidates import NAME, Engines, comparison, no_answer, unusable
+from rlaif.stages.chains import revised_chains
 from rlaif.stages.revise import (
     Chain,
     Step,
@@ -21,6 +21,7 @@ from rlaif.stages.revise import (
     problem,
     question,
     respond,
+    revising_engines,
     whole_sentences,
 )
 from rlaif.stages.run import Run, templates
@@ -34,7 +35,11 @@ def by_revision(run: Run, engines: Engines) -> Labels:
     comparisons: list[Comparison] = []
     unused: list[dict[str, Any]] = []
     plain: list[Chain] = []
-    for prompt, row in revised_chains(run):
+    rows = revised_chains(run)
+    for prompt, row in rows:
+        if row.get("error"):
+            unused.append(no_answer(prompt, f"revise: {row['error']}"))
+            continue
         if not row["steps"]:
             plain.append(Chain(prompt, row["response"], row["ended"]))
             continue
@@ -50,6 +55,7 @@ def by_revision(run: Run, engines: Engines) -> Labels:
         texts = revision["revision"], row["response"]
         comparisons.append(comparison(run, prompt, texts, 1.0, "revision", "construction", [vote], principle))
     made, aside = needless_refusals(run, engines, plain)
+    assert len(comparisons + made) + len(unused + aside) == len(rows), "a row was lost"
     return comparisons + made, unused + aside
 
 
@@ -60,10 +66,14 @@ def needless_refusals(
     tag = run.recipe.revise.revise_tags[0] if run.recipe.revise.revise_tags else "harmful"
     refused = [Chain(chain.prompt, chain.response, chain.ended) for chain in chains]
     if refused:
-        critique_and_revise(run, NAME, engines.named(BASE), refused, 0, tag=tag)
+        revising = revising_engines(run, engines.load, run.recipe.label.batch_size)
+        critique_and_revise(run, NAME, revising, refused, 0, tag=tag)
     comparisons: list[Comparison] = []
     unused: list[dict[str, Any]] = []
     for chain, other in zip(chains, refused, strict=True):
+        if other.error:
+            unused.append(no_answer(chain.prompt, other.error))
+            continue
         step: Step = other.steps[0]
         reason = problem(run, chain) or unusable(chain.response, step.revision)
         if reason is None and not filters.is_refusal(step.revision):

@@ -15,7 +15,7 @@ from typing import Any
 
 from rlaif.constitution import Constitution
 from rlaif.documents import canonical_json
-from rlaif.engines.engine import Question
+from rlaif.engines.engine import Answer, Question
 from rlaif.maths import agreement
 from rlaif.prompting import Template, load_template
 from rlaif.records import Message, Messages, assistant
@@ -50,11 +50,11 @@ def by_logprobs(who: Judge, pairs: Sequence[Pair], title: str) -> list[Opinion]:
     return [_read(who, answers[index : index + 2]) for index in range(0, len(answers), 2)]
 
 
-def _read(who: Judge, answers: Sequence[Any]) -> Opinion:
+def _read(who: Judge, answers: Sequence[Answer]) -> Opinion:
     """Return what both orders say together, or why they say nothing."""
-    failed = next(filter(None, map(failure, answers)), "")
+    failed = failure(*answers)
     if failed:
-        return Abstention(f"no answer: {failed}")
+        return failed
     given, swapped = (answer.logprobs for answer in answers)
     said = (list(given), list(swapped))
     if not all(map(math.isfinite, (*given, *swapped))):
@@ -63,6 +63,8 @@ def _read(who: Judge, answers: Sequence[Any]) -> Opinion:
     if min(masses) < who.settings.min_option_mass:
         return Abstention("too little probability on the options", said)
     logits = (given[0] - given[1], swapped[0] - swapped[1])
+    if any(answer.method == "verdict" for answer in answers):
+        return verdict_of(logits, who.settings.debias, said=said)._replace(from_text=True)
     return verdict_of(logits, who.settings.debias, mass=statistics.fmean(masses), said=said)
 
 
@@ -102,13 +104,17 @@ def measure(who: Judge, title: str = "judge on the constitution's tests") -> dic
     A test that names no principle is judged under the first one. A verdict without a side, or none, counts as wrong.
     """
     pairs = test_pairs(who.constitution)
-    return described(who) | measured(who.constitution, judge(who, pairs, title)) if pairs else None
+    if not pairs:
+        return None
+    opinions = judge(who, pairs, title)
+    return described(who, opinions) | measured(who.constitution, opinions)
 
 
-def described(who: Judge) -> dict[str, Any]:
-    """Return who judges, and how."""
+def described(who: Judge, opinions: Sequence[Opinion]) -> dict[str, Any]:
+    """Return who judges, and how: with letters that were read in texts, the method is ``verdict``."""
     identity = canonical_json(who.engine.identity) if who.engine else who.settings.function
-    return {"model": who.model, "method": who.settings.method, "identity": identity}
+    read = any(isinstance(one, Verdict) and one.from_text for one in opinions)
+    return {"model": who.model, "method": "verdict" if read else who.settings.method, "identity": identity}
 
 
 def test_pairs(constitution: Constitution) -> list[Pair]:
@@ -130,6 +136,7 @@ def measured(constitution: Constitution, opinions: Sequence[Opinion]) -> dict[st
             "interval": "Wilson 95 %",
         },
         "abstained": len(opinions) - len(verdicts),
+        "failed": sum(isinstance(one, Abstention) and bool(one.error) for one in opinions),
         **shown(verdicts),
         "by_test": [
             {

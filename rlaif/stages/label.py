@@ -25,7 +25,8 @@ from rlaif.stages import quality as qualities
 from rlaif.stages.candidates import NAME, Candidate, Engines, Unused, collect, comparison
 from rlaif.stages.construction import by_contrast, by_revision
 from rlaif.stages.run import Run, templates
-from rlaif.stages.votes import Ballot, Panel, cast, panel_of, swap_test
+from rlaif.stages.verdicts import NO_ANSWER
+from rlaif.stages.votes import Ballot, Panel, asked, cast, panel_of, swap_test
 
 STEERS = "tries to steer a judge"
 
@@ -48,6 +49,7 @@ def inputs(run: Run) -> dict[str, str]:
             **reference,
         },
         feedback=run.recipe.feedback,
+        engines=[asked(run), run.asked(*run.recipe.engines_of("revise").values())],
         constitution=run.constitution.hash,
         prompts=run.prompts_hash(run.prompts),
         templates=[template.hash for template in templates(*names).values()],
@@ -87,7 +89,13 @@ def label(run: Run) -> dict[str, Any]:
     files.write_jsonl(folder / "comparisons.jsonl", comparisons)
     files.write_jsonl(folder / "unused.jsonl", unused)
     files.write_json(folder / "quality.json", quality)
-    return {"comparisons": len(comparisons), "unused": len(unused), "by_tag": quality["labels"]["by_tag"]}
+    failed = sum(row["reason"] == NO_ANSWER for row in unused)
+    return {
+        "comparisons": len(comparisons),
+        "unused": len(unused) - failed,
+        "failed": failed,
+        "by_tag": quality["labels"]["by_tag"],
+    }
 
 
 def human_labels(run: Run) -> tuple[list[Comparison], list[dict[str, Any]]]:
@@ -151,8 +159,10 @@ def by_judge(run: Run, engines: Engines, panel: Panel) -> tuple[list[Comparison]
         reason = ballot.reason if ballot.strength is None else _tie(ballot, settings.min_strength)
         preferences.append(None if reason else ballot.preference)
         if reason:
-            row = {"id": one.prompt_id, "reason": reason, "texts": [one.first, one.second]}
-            unused.append(row | {"flags": flags[one.id], "votes": ballot.rows()})
+            row: dict[str, Any] = {"id": one.prompt_id, "reason": NO_ANSWER if ballot.error else reason}
+            row |= {"error": ballot.error} if ballot.error else {}
+            row |= {"texts": [one.first, one.second], "flags": flags[one.id], "votes": ballot.rows()}
+            unused.append(row)
         else:
             comparisons.append(_labelled(run, panel, one, ballot, flags[one.id]))
     references = [

@@ -40,8 +40,9 @@ def measure_panel(panel: Panel) -> dict[str, Any] | None:
     tests = [Candidate(p.id, p.id, _user(p.prompt), p.first, p.second, (p.principle,), p.tag) for p in pairs]
     ballots = cast(panel, tests, "judge on the constitution's tests")
     each = [
-        described(who) | measured(constitution, [ballot.votes[index].opinion for ballot in ballots])
+        described(who, opinions) | measured(constitution, opinions)
         for index, who in enumerate(panel.judges)
+        for opinions in [[ballot.votes[index].opinion for ballot in ballots]]
     ]
     if len(each) == 1:
         return each[0]
@@ -54,7 +55,7 @@ def measure_panel(panel: Panel) -> dict[str, Any] | None:
 
 def _together(ballot: Ballot) -> Opinion:
     if ballot.strength is None or ballot.preference is None:
-        return Abstention(ballot.reason)
+        return Abstention(ballot.reason, error=ballot.error)
     bias = statistics.fmean(one.bias for one in ballot.verdicts)
     strength = ballot.strength
     return Verdict(ballot.preference, strength, bias, None, (strength + bias, bias - strength))

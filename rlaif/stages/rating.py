@@ -70,8 +70,9 @@ def rate(who: Judge, items: Sequence[tuple[str, str, str, Principle]], title: st
 
 
 def _read(who: Judge, answer: Answer) -> Rating | Abstention:
-    if failure(answer):
-        return Abstention(f"no answer: {failure(answer)}")
+    failed = failure(answer)
+    if failed:
+        return failed
     expected, mass = agreement.expected_rating(answer.logprobs)
     if expected is None or mass < who.settings.min_option_mass:
         return Abstention("too little probability on the options", (list(answer.logprobs),))

@@ -37,9 +37,9 @@ def by_verdict(who: Judge, pairs: Sequence[Pair], title: str) -> list[Opinion]:
 
 
 def _read(who: Judge, answers: Sequence[Answer]) -> Opinion:
-    failed = next(filter(None, map(failure, answers)), "")
+    failed = failure(*answers)
     if failed:
-        return Abstention(f"no answer: {failed}")
+        return failed
     said = tuple(answer.text for answer in answers)
     sides = [read_verdict(text) for text in said]
     if sides[0] is None or sides[1] is None:

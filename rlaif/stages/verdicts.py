@@ -18,6 +18,7 @@ Method = Literal["logprobs", "verdict", "rating", "function"]
 Space = Literal["logit", "probability"]
 ScoringFunction = Callable[..., Sequence[float | None]]
 ORDERS = ("given", "swapped")
+NO_ANSWER = "no answer"  # the reason where an engine refuses a question for good
 _EDGE = 1e-12  # a probability this near to 0 or 1 is held here, so that its logit is a number
 
 
@@ -103,6 +104,7 @@ class Verdict(NamedTuple):
     mass: float | None  # probability on the options, mean over the questions; None where none was asked for options
     logits: tuple[float, float]  # of the answer shown first, in both orders
     said: tuple[Any, ...] = ()  # what the numbers were read from: log-probabilities or texts, in both orders
+    from_text: bool = False  # a letter was read in a text where log-probabilities were asked for
 
     @property
     def same_position(self) -> bool:
@@ -115,6 +117,7 @@ class Abstention(NamedTuple):
 
     reason: str
     said: tuple[Any, ...] = ()
+    error: str = ""  # what the engine said of a question that it does not answer
 
 
 Opinion = Verdict | Abstention
@@ -134,6 +137,7 @@ def as_logit(preference: float) -> float:
     return math.log(inside) - math.log1p(-inside)
 
 
-def failure(answer: Answer) -> str:
-    """Return why a question has no answer; empty where it has one."""
-    return str(getattr(answer, "error", None) or "")
+def failure(*answers: Answer) -> Abstention | None:
+    """Return an abstention if one of the questions has no answer."""
+    error = next((answer.error for answer in answers if answer.error), "")
+    return Abstention(NO_ANSWER, error=error) if error else None

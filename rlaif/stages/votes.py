@@ -53,7 +53,7 @@ class Vote(NamedTuple):
         one = self.opinion
         row: dict[str, Any] = {
             "annotator": self.judge.name,
-            "method": self.judge.method,
+            "method": "verdict" if isinstance(one, Verdict) and one.from_text else self.judge.method,
             "principle": self.principles[0].id if len(self.principles) == 1 else None,
             **({"principles": [p.id for p in self.principles]} if len(self.principles) > 1 else {}),
             "weight": self.judge.weight,
@@ -81,6 +81,12 @@ class Ballot(NamedTuple):
         """Why the judges abstained, the first of them."""
         return next((vote.opinion.reason for vote in self.votes if isinstance(vote.opinion, Abstention)), "")
 
+    @property
+    def error(self) -> str:
+        """What an engine said of a question that it does not answer; empty where that is not why there is no label."""
+        errors = (vote.opinion.error for vote in self.votes if isinstance(vote.opinion, Abstention))
+        return next(filter(None, errors), "") if self.preference is None else ""
+
     def rows(self) -> list[dict[str, Any]]:
         """Return the votes as they are stored."""
         return [vote.row() for vote in self.votes]
@@ -105,12 +111,26 @@ def panel_of(run: Run, engines: Engines) -> Panel:
 
 
 def _judge(run: Run, engines: Engines, section: JudgeSection) -> Judge:
-    settings, model = settings_of(run.recipe.label, section), run.recipe.model.model_name_or_path
+    label = run.recipe.label
+    settings = settings_of(label, section)
     common = (run.constitution, run.journal, run.progress, NAME, settings)
     if section.function:
         return Judge(None, *common, section.function, find_function(section.function, "label"))
-    name = section.adapter or "base"
-    return Judge(engines.named(name), *common, model if name == "base" else f"{model} with {name}")
+    if section.adapter:
+        model = f"{run.recipe.model.model_name_or_path} with {section.adapter}"
+        return Judge(engines.named(section.adapter), *common, model)
+    name = section.engine or label.judge
+    return Judge(engines.judge(name, chooses=section.method != "verdict"), *common, run.model_of(name))
+
+
+def asked(run: Run) -> list[Any]:
+    """Return what the judges' answers depend on besides the questions."""
+    label = run.recipe.label
+    return [
+        run.asked(one.engine or label.judge, chooses=one.method != "verdict")
+        for one in label.panel()
+        if not one.function and not one.adapter
+    ]
 
 
 def settings_of(label: LabelSection, section: JudgeSection) -> JudgeSettings:
