@@ -29,7 +29,7 @@ from rlaif.stages.verdicts import NO_ANSWER as NO_ANSWER
 
 NAME = "revise"
 # The number that opens a line of a list is matched as well, so that its full stop ends no sentence.
-_SENTENCE_END = re.compile(r"""^\s*\d+[.)](?=\s|$)|(?P<end>[.!?]["'”’)\]*]*)(?=\s|$)""", re.MULTILINE)
+_SENTENCE_END = re.compile(r"""^[^\S\n]*\d+[.)](?=\s|$)|(?P<end>[.!?]["'”’)\]*]*)(?=\s|$)""", re.MULTILINE)
 
 
 @dataclass
