@@ -295,7 +295,10 @@ def _scalar(node: Node, where: str, error: type[RlaifError]) -> Any:
         return node.value.lower() == "true"
     try:
         if kind == "int":
-            return int(_NUMBERS.construct_yaml_int(node))
+            number = int(_NUMBERS.construct_yaml_int(node))
+            if number.bit_length() > 63:  # written out in decimal, Python refuses to print it
+                raise ValueError
+            return number
         if kind == "float":
             return float(_NUMBERS.construct_yaml_float(node))
     except ValueError:
