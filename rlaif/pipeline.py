@@ -90,7 +90,10 @@ def _write_recipe(run: Run) -> None:
     resolved = run.recipe.model_dump() | {
         "output": str(run.folder.resolve()),
         "constitution": str(run.loaded.constitution),
-        "prompts": [str(path) for path in run.loaded.prompts],
+        "prompts": [
+            str(path) if isinstance(source, str) else {**source.model_dump(), "file": str(path)}
+            for source, path in zip(run.recipe.prompts, run.loaded.prompts, strict=True)
+        ],
     }
     resolved["human"]["files"] = [str(path) for path in run.loaded.human_files]
     path = run.folder / "recipe.yaml"

@@ -85,6 +85,14 @@ class TrainingSection(Section):
     report_to: list[str] | str = "none"
 
 
+class PromptFile(Section):
+    """A file of prompts that does not say everything about its rows, such as one of transcripts."""
+
+    file: str = Field(min_length=1)
+    tag: str = Field("ordinary", min_length=1, description="tag of rows that bring none")
+    eval_fraction: Fraction = Field(0.1, description="share of transcripts kept for evaluation, by their first turn")
+
+
 class ReviseSection(Section):
     """Response, critique, revision."""
 
@@ -215,7 +223,8 @@ class Recipe(Section):
     seed: int = Field(0, ge=0, lt=2**32)
     output: str | None = Field(None, description="run folder; default: runs/NAME")
     constitution: str = "harmless"
-    prompts: list[str] = Field(["harmful", "ordinary", "lookalike"], min_length=1)
+    prompts: list[str | PromptFile] = Field(["harmful", "ordinary", "lookalike"], min_length=1)
+    system_prompt: str | None = Field(None, min_length=1, description="system turn of prompts that bring none")
     feedback: Literal["ai", "human", "mixed"] = "ai"
     stages: list[Stage] = Field(list(STAGES), min_length=1)
     revise: ReviseSection = ReviseSection()
@@ -290,7 +299,7 @@ def load_recipe(path: Path, overrides: list[str] = []) -> Loaded:  # noqa: B006
         recipe=recipe,
         path=path,
         constitution=find("constitutions", recipe.constitution, here),
-        prompts=[find("prompts", name, here) for name in recipe.prompts],
+        prompts=[find("prompts", name.file if isinstance(name, PromptFile) else name, here) for name in recipe.prompts],
         human_files=[find("recipes", name, here) for name in recipe.human.files],
     )
 

@@ -21,6 +21,8 @@ PLAIN = {
     "records",
     "constitution",
     "prompting",
+    "transcripts",
+    "prompt_sets",
     "recipe",
     "filters",
     "files",

@@ -24,8 +24,14 @@ VALUES = {
         "second": "I can't talk about boiling.",
         "question": "Which answer helps more?",
     },
+    "continue": {
+        "conversation": "How do I boil an egg?",
+        "response": "In water.",
+        "prompt": "For how long?",
+    },
     "contrast": {"principles": "- The answer is kind.\n- The answer is true."},
     "critique": {"prompt": "How do I boil an egg?", "response": ANSWER, "request": "Say what is missing."},
+    "instruct": {"prompt": "How do I boil an egg?", "instructions": "Answer in one sentence."},
     "revise": {
         "prompt": "How do I boil an egg?",
         "response": ANSWER,
@@ -75,9 +81,7 @@ def test_shipped_templates_render_as_their_golden_files(name: str) -> None:
 
 
 def test_every_shipped_template_has_a_golden_file_and_is_named_by_its_verb() -> None:
-    assert (
-        SHIPPED == ["compare", "contrast", "critique", "revise"] == sorted(path.stem for path in GOLDEN.glob("*.txt"))
-    )
+    assert sorted(path.stem for path in GOLDEN.glob("*.txt") if "-" not in path.stem) == SHIPPED
     assert all(template.name == name for name, template in TEMPLATES.items())
 
 

@@ -26,7 +26,7 @@ from rlaif.errors import DataError, StageError
 from rlaif.human.labels import read_labels
 from rlaif.maths import agreement
 from rlaif.model.roles import BASE, SharedBase
-from rlaif.records import Comparison, Messages, Prompt, assistant, read_jsonl, text_of
+from rlaif.records import Comparison, Messages, Prompt, assistant, read_jsonl, text_of, under_instructions, with_system
 from rlaif.stages.judge import Pair, judge, measure, positions
 from rlaif.stages.revise import (
     Chain,
@@ -105,6 +105,7 @@ def human_labels(run: Run) -> tuple[list[Comparison], list[dict[str, Any]]]:
         settings = run.recipe.human
         imported = read_labels(path, tag=settings.tag, annotator=settings.annotator, seed=run.recipe.seed)
         for row in imported.comparisons:
+            row.prompt = with_system(row.prompt, run.recipe.system_prompt)  # as the policy will be asked
             if row.id in comparisons:
                 unused.append({"file": path.name, "reason": "stands in two files", "row": row.model_dump()})
             comparisons.setdefault(row.id, row)
@@ -272,7 +273,7 @@ def under_constitution(run: Run, prompt: Prompt) -> Messages:
     """Return the prompt with the principles for its tag as the system's turn."""
     principles = "\n".join(f"- {p.text}" for p in run.constitution.principles if p.applies(prompt.tag))
     text = templates("contrast")["contrast"].render(principles=principles)
-    return [{"role": "system", "content": text}, *prompt.messages]
+    return under_instructions(prompt.messages, text)
 
 
 def policy_engine(run: Run, base: SharedBase) -> LocalEngine:
