@@ -100,6 +100,12 @@ class ReviseSection(Section):
     prompts_per_tag: dict[str, Positive] = Field({}, description="how many train prompts of each tag; absent: all")
     revise_tags: list[str] = Field(["harmful"], description="tags whose responses are critiqued and revised")
     rounds: Positive = Field(1, description="critique-revision steps per chain")
+    critique: bool = Field(True, description="False: revise at once, without a critique before it")
+    helpful_samples: Positive = Field(1, description="responses to each prompt whose answer is not revised")
+    keep_unchanged: bool = Field(False, description="keep an answer whose critique finds nothing to change")
+    near_duplicate: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        0.9, description="share of common word triples from which a demonstration is one that is there already"
+    )
     demonstrations: Literal["all", "last"] = Field("all", description="which rounds' revisions become demonstrations")
     few_shot: int = Field(3, ge=0, description="worked examples of the constitution shown before each request")
     must_refuse_tags: list[str] = Field([], description="tags whose revision must decline, else it is set aside")

@@ -25,6 +25,7 @@ PLAIN = {
     "prompt_sets",
     "recipe",
     "filters",
+    "sameness",
     "files",
     "journal",
     "progress",

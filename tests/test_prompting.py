@@ -32,6 +32,11 @@ VALUES = {
     "contrast": {"principles": "- The answer is kind.\n- The answer is true."},
     "critique": {"prompt": "How do I boil an egg?", "response": ANSWER, "request": "Say what is missing."},
     "instruct": {"prompt": "How do I boil an egg?", "instructions": "Answer in one sentence."},
+    "revise_directly": {
+        "prompt": "How do I boil an egg?",
+        "response": ANSWER,
+        "request": "Rewrite the answer with the missing step.",
+    },
     "revise": {
         "prompt": "How do I boil an egg?",
         "response": ANSWER,

@@ -57,7 +57,7 @@ def triples(text: str) -> set[tuple[str, ...]]:
 def test_the_shipped_files_are_those_of_the_repository() -> None:
     assert names(CONSTITUTIONS) == ["harmless", "helpful-honest"]
     assert names(RECIPES) == ["human", "known-reward", "quickstart"]
-    assert names(TEMPLATES) == ["compare", "continue", "contrast", "critique", "instruct", "revise"]
+    assert names(TEMPLATES) == ["compare", "continue", "contrast", "critique", "instruct", "revise", "revise_directly"]
     assert set(names(PROMPT_SETS)) == TAGS
 
 

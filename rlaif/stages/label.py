@@ -32,12 +32,13 @@ from rlaif.stages.revise import (
     Chain,
     Step,
     critique_and_revise,
+    parts,
     problem,
     question,
     respond,
     whole_sentences,
 )
-from rlaif.stages.run import Run, path_sha256, templates
+from rlaif.stages.run import Run, path_sha256, reconciled, templates
 
 NAME = "label"
 POLICY = "policy"
@@ -46,7 +47,6 @@ Labels = tuple[list[Comparison], list[dict[str, Any]], dict[str, Any]]
 
 def inputs(run: Run) -> dict[str, str]:
     """Return what this stage's result depends on."""
-    names = ("compare", "contrast", "critique", "revise")
     return run.inputs(
         run.recipe.label,
         run.recipe.human,
@@ -59,7 +59,7 @@ def inputs(run: Run) -> dict[str, str]:
         feedback=run.recipe.feedback,
         constitution=run.constitution.hash,
         prompts=run.prompts_hash(run.prompts),
-        templates=[template.hash for template in templates(*names).values()],
+        templates=[one.hash for one in (*templates("compare", "contrast").values(), *parts(run).values())],
     )
 
 
@@ -70,7 +70,9 @@ def label(run: Run) -> dict[str, Any]:
     extra: dict[str, Any] = {}
     method = "human" if run.recipe.feedback == "human" else settings.method
     comparisons, unused = human_labels(run) if run.recipe.feedback != "ai" else ([], [])
+    incoming = len(comparisons) + len(unused)
     if run.recipe.feedback != "human":
+        incoming += len(revised_chains(run) if method == "revision" else run.select("train", settings.prompts_per_tag))
         base = run.load_base()
         engine = LocalEngine(base, BASE, batch_size=settings.batch_size)
         quality["judge"] = measure(run, NAME, engine)
@@ -86,15 +88,13 @@ def label(run: Run) -> dict[str, Any]:
         comparisons += [row for row in made if row.id not in taken]
     if not comparisons:
         raise DataError(f"{folder}: no comparison is usable; {len(unused)} were set aside: {_reasons(unused)}.")
-    quality |= {
-        "min_judge_accuracy": settings.min_judge_accuracy,
-        "labels": summary(method, comparisons, unused),
-    }
-    quality["labels"] |= extra
+    quality["min_judge_accuracy"] = settings.min_judge_accuracy
+    quality["labels"] = summary(method, comparisons, unused) | extra
     files.write_jsonl(folder / "comparisons.jsonl", comparisons)
     files.write_jsonl(folder / "unused.jsonl", unused)
     files.write_json(folder / "quality.json", quality)
-    return {"comparisons": len(comparisons), "unused": len(unused), "by_tag": quality["labels"]["by_tag"]}
+    counts = reconciled(NAME, incoming, comparisons=len(comparisons), unused=len(unused), failed=0)
+    return counts | {"by_tag": quality["labels"]["by_tag"]}
 
 
 def human_labels(run: Run) -> tuple[list[Comparison], list[dict[str, Any]]]:
@@ -209,8 +209,9 @@ def revised_chains(run: Run) -> list[tuple[Prompt, dict[str, Any]]]:
                 f"{path}:{line}: the prompt `{row['prompt_id']}` is not in the recipe's prompt sets. Run the stage "
                 f"`revise` again: rlaif revise {run.loaded.path}"
             )
-        seen[prompt.tag] += 1
-        if not wanted or seen[prompt.tag] <= wanted.get(prompt.tag, 0):
+        first = not row["sample"]  # one comparison for a prompt
+        seen[prompt.tag] += first
+        if first and (not wanted or seen[prompt.tag] <= wanted.get(prompt.tag, 0)):
             result.append((prompt, row))
     return result
 

@@ -2,8 +2,8 @@
 
 For each train prompt the base model writes a response. For prompts with a tag in `revise_tags` it then criticizes the
 response under a principle of the constitution and rewrites it, `rounds` times; the principle of each step is drawn by a
-hash of (seed, prompt id, step). Worked examples are shown as earlier turns of the chat. Prompts of other tags keep
-their response as it is (the paper's helpful mix).
+hash of (seed, prompt id, step). Without `critique` it is rewritten at once. Worked examples are shown as earlier turns
+of the chat. Prompts of other tags keep their `helpful_samples` responses as they are (the paper's helpful mix).
 
 Departures: one model plays all parts; a response cut by the token limit is trimmed to its last whole sentence.
 
@@ -13,20 +13,24 @@ Writes ``demonstrations.jsonl``, ``quarantine.jsonl`` (with the reason) and ``ch
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rlaif import files, filters
 from rlaif.constitution import Example, Principle
 from rlaif.engines.engine import Answer, Engine, Question, ask
 from rlaif.engines.local import LocalEngine
+from rlaif.errors import DataError
 from rlaif.model.roles import BASE
 from rlaif.prompting import Template
 from rlaif.recipe import SamplingSection
-from rlaif.records import Demonstration, Messages, Prompt, assistant
-from rlaif.stages.run import Run, templates
+from rlaif.records import Demonstration, Messages, Prompt, assistant, text_of
+from rlaif.sameness import near_duplicates, says_no_change
+from rlaif.stages.run import Run, reconciled, templates
 
 NAME = "revise"
+NEAR_DUPLICATE = "near duplicate"  # the reason of a demonstration that is nearly another one
+NO_CHANGE = "no change needed"  # the flag of a demonstration whose critique found nothing to change
 # The number that opens a line of a list is matched as well, so that its full stop ends no sentence.
 _SENTENCE_END = re.compile(r"""^\s*\d+[.)](?=\s|$)|(?P<end>[.!?]["'”’)\]*]*)(?=\s|$)""", re.MULTILINE)
 
@@ -49,6 +53,17 @@ class Chain:
     response: str
     ended: bool
     steps: list[Step] = field(default_factory=list)
+    sample: int = 0
+
+    @property
+    def id(self) -> str:
+        """The prompt's id, and the number of the sample after the first."""
+        return f"{self.prompt.id}~{self.sample}" if self.sample else self.prompt.id
+
+    @property
+    def before(self) -> str:
+        """The version that the last step revised."""
+        return self.steps[-2].revision if len(self.steps) > 1 else self.response
 
     @property
     def text(self) -> str:
@@ -63,8 +78,15 @@ def inputs(run: Run) -> dict[str, str]:
         settings,
         constitution=run.constitution.hash_of("principles", "examples"),
         prompts=run.prompts_hash(run.select("train", settings.prompts_per_tag)),
-        templates=[template.hash for template in templates("critique", "revise").values()],
+        templates=[template.hash for template in parts(run).values()],
     )
+
+
+def parts(run: Run) -> dict[str, Template]:
+    """Return what a model is asked for in each step, with the template of the request."""
+    if run.recipe.revise.critique:
+        return templates("critique", "revise")
+    return {"revise": templates("revise_directly")["revise_directly"]}
 
 
 def revise(run: Run) -> dict[str, Any]:
@@ -74,6 +96,9 @@ def revise(run: Run) -> dict[str, Any]:
     engine = LocalEngine(run.load_base(), BASE, batch_size=settings.batch_size)
     chains = respond(run, NAME, engine, prompts, settings.sampling)
     harmful = [chain for chain in chains if chain.prompt.tag in settings.revise_tags]
+    others = [prompt for prompt in prompts if prompt.tag not in settings.revise_tags]
+    for sample in range(1, settings.helpful_samples if others else 1):
+        chains += respond(run, NAME, engine, others, settings.sampling, sample=sample)
     for step in range(settings.rounds):
         critique_and_revise(run, NAME, engine, harmful, step)
     return write(run, chains)
@@ -90,7 +115,9 @@ def respond(
     """Let the engine answer each prompt as it stands."""
     questions = [question(run, f"{prompt.id}/response", prompt.messages, sampling, sample=sample) for prompt in prompts]
     answers = ask(run.journal, stage, engine, questions, run.progress, "responses")
-    return [Chain(prompt, *whole_sentences(answer)) for prompt, answer in zip(prompts, answers, strict=True)]
+    return [
+        Chain(prompt, *whole_sentences(answer), sample=sample) for prompt, answer in zip(prompts, answers, strict=True)
+    ]
 
 
 def critique_and_revise(
@@ -98,19 +125,17 @@ def critique_and_revise(
 ) -> None:
     """Add one critique and revision to each chain, under a principle for the prompt's tag (or for `tag`)."""
     settings = run.recipe.revise
-    prompt_templates = templates("critique", "revise")
     examples = run.constitution.examples[: settings.few_shot]
     for chain in chains:
         principle = run.principle_for(chain.prompt, step, tag=tag or "")
         chain.steps.append(Step(principle))
     # Both waves see the answer as it stood before this step.
-    before = {id(chain): chain.steps[-2].revision if len(chain.steps) > 1 else chain.response for chain in chains}
-    for part, template in prompt_templates.items():
+    for part, template in parts(run).items():
         shown = [turn for example in examples for turn in worked_example(run, template, example)]
         questions = []
         for chain in chains:
             now = chain.steps[-1]
-            values = {"prompt": chain.prompt.prompt, "response": before[id(chain)]}
+            values = {"prompt": chain.prompt.prompt, "response": chain.before}
             request = _render(template, now.principle, critique=now.critique, **values)
             messages: Messages = [*shown, {"role": "user", "content": request}]
             key = f"{chain.prompt.id}/{part}-{step}"
@@ -135,7 +160,13 @@ def worked_example(run: Run, template: Template, example: Example) -> Messages:
 def _render(template: Template, principle: Principle, *, critique: str, **values: str) -> str:
     if template.name == "critique":
         return template.render(**values, request=principle.critique_request())
-    return template.render(**values, critique=critique, request=principle.revision_request())
+    if template.name == "revise":
+        return template.render(**values, critique=critique, request=principle.revision_request())
+    built = (  # as `Principle.revision_request` builds it, without the reviewer
+        f"Write the answer again so that it follows this principle: {principle.text}\n"
+        "Keep what follows it already. If nothing has to change, repeat the answer as it is."
+    )
+    return template.render(**values, request=principle.revision or built)
 
 
 def question(run: Run, item_id: str, messages: Messages, sampling: SamplingSection, *, sample: int = 0) -> Question:
@@ -163,6 +194,13 @@ def unquoted(text: str) -> str:
     return inner.strip() if len(text) > 2 and text[0] == text[-1] == '"' and '"' not in inner else text
 
 
+def needs_no_change(chain: Chain) -> bool:
+    """Tell whether the last critique found nothing to change and the reviser, as the constitution asks, left it so."""
+    if not chain.steps or not says_no_change(chain.steps[-1].critique):
+        return False
+    return filters.is_same(chain.text, chain.before)
+
+
 def problem(run: Run, chain: Chain) -> str | None:
     """Return why a chain's latest text must not be imitated, or None."""
     settings = run.recipe.revise
@@ -178,13 +216,13 @@ def problem(run: Run, chain: Chain) -> str | None:
             wanted=settings.filters,
         )
     last = chain.steps[-1]
-    before = chain.steps[-2].revision if len(chain.steps) > 1 else chain.response
     reason = filters.problem_of(
         last.revision,
-        response=before,
+        response=chain.before,
         critique=last.critique,
         prompt=chain.prompt.prompt,
         ended=last.ended,
+        allow_unchanged=settings.keep_unchanged and needs_no_change(chain),
         wanted=settings.filters,
     )
     if reason is None and chain.prompt.tag in settings.must_refuse_tags and not filters.is_refusal(last.revision):
@@ -195,42 +233,58 @@ def problem(run: Run, chain: Chain) -> str | None:
 def write(run: Run, chains: Sequence[Chain]) -> dict[str, Any]:
     """Sort chains into demonstrations and quarantine, write the stage's files and return the counts."""
     folder = run.stage_folder(NAME)
-    hashes = {name: template.hash for name, template in templates("critique", "revise").items()}
-    kept: list[Demonstration] = []
-    aside: list[dict[str, Any]] = []
-    rows: list[dict[str, Any]] = []
-    for whole in chains:
-        parts = [
-            Chain(whole.prompt, whole.response, whole.ended, whole.steps[: n + 1]) for n in range(len(whole.steps))
-        ]
-        versions = parts if run.recipe.revise.demonstrations == "all" else parts[-1:]
-        reason: str | None = None
-        for version in versions or [whole]:
-            reason = problem(run, version)
+    hashes = {name: template.hash for name, template in parts(run).items()}
+    reasons: dict[str, str | None] = {}
+    origin: dict[str, str] = {}
+    made: list[Demonstration] = []
+    for chain in chains:
+        for version in versions(chain, run.recipe.revise.demonstrations):
             row = demonstration(run, version, hashes)
-            if reason is None:
-                kept.append(row)
-            else:
-                aside.append({**row.model_dump(), "reason": reason})
-        rows.append(chain_row(whole, reason))
+            reasons[row.id] = problem(run, version)
+            made.append(row)
+            origin[row.id] = chain.id
+    if len(origin) < len(made):
+        twice = next(row.id for row in made if sum(row.id == other.id for other in made) > 1)
+        raise DataError(f"prompts: two of them give a demonstration the id `{twice}`. Write an id without `~`.")
+    twins: dict[str, str] = {}
+    if run.recipe.revise.near_duplicate is not None:
+        texts = [(r.id, f"{text_of(r.prompt)}\n{text_of(r.completion)}") for r in made if reasons[r.id] is None]
+        twins = near_duplicates(texts, run.recipe.revise.near_duplicate)
+    reasons |= dict.fromkeys(twins, NEAR_DUPLICATE)
+    kept = [row for row in made if not reasons[row.id]]
+    aside = [
+        {**row.model_dump(), "reason": reasons[row.id], "duplicate_of": twins.get(row.id)}
+        for row in made
+        if reasons[row.id]
+    ]
+    rows = []
+    for chain in chains:
+        last = f"{chain.id}-{len(chain.steps)}"
+        returned = last in twins and origin[twins[last]] == chain.id  # to a text of its own that is kept
+        rows.append(chain_row(chain, None if returned else reasons[last]))
     files.write_jsonl(folder / "demonstrations.jsonl", kept)
     files.write_jsonl(folder / "quarantine.jsonl", aside)
     files.write_jsonl(folder / "chains.jsonl", rows)
     return {
-        "prompts": len(chains),
+        "prompts": len({chain.prompt.id for chain in chains}),
         "chains": len(rows),
-        "kept": len(kept),
-        "quarantined": len(aside),
-        "failed": 0,
+        **reconciled(NAME, len(made), kept=len(kept), quarantined=len(aside), failed=0),
         "quarantined_by_reason": dict(Counter(row["reason"] for row in aside)),
     }
+
+
+def versions(chain: Chain, which: str) -> list[Chain]:
+    """Return a chain as it stood after each of its steps, or only the last; a chain without steps is one version."""
+    every = [replace(chain, steps=chain.steps[: n + 1]) for n in range(len(chain.steps))] or [chain]
+    return every if which == "all" else every[-1:]
 
 
 def chain_row(chain: Chain, reason: str | None) -> dict[str, Any]:
     """Return a chain with all its texts as a row."""
     return {
-        "id": f"{chain.prompt.id}",
+        "id": chain.id,
         "prompt_id": chain.prompt.id,
+        "sample": chain.sample,
         "prompt": chain.prompt.prompt,
         "tag": chain.prompt.tag,
         "split": chain.prompt.split,
@@ -255,15 +309,17 @@ def demonstration(run: Run, chain: Chain, template_hashes: dict[str, str]) -> De
     """Return a chain's latest text as a demonstration that says where it came from."""
     principle = chain.steps[-1].principle if chain.steps else None
     return Demonstration(
-        id=f"{chain.prompt.id}-{len(chain.steps)}",
+        id=f"{chain.id}-{len(chain.steps)}",
         prompt=chain.prompt.messages,
         completion=assistant(chain.text),
         messages=[*chain.prompt.messages, *assistant(chain.text)],
         tag=chain.prompt.tag,
         revisions=[{"text": chain.response}]
         + [{"principle": s.principle.id, "critique": s.critique, "text": s.revision} for s in chain.steps],
+        flags=[NO_CHANGE] if needs_no_change(chain) else [],
         provenance={
             "prompt_id": chain.prompt.id,
+            "chain_id": chain.id,
             "constitution": f"{run.constitution.name} {run.constitution.version}",
             "constitution_hash": run.constitution.hash_of("principles", "examples"),
             "principle": principle.id if principle else None,

@@ -168,6 +168,13 @@ class Run:
         return fingerprint(rows)
 
 
+def reconciled(stage: str, total: int, **parts: int) -> dict[str, int]:
+    """Return the counts of a stage's rows, having checked that each row that came in went somewhere."""
+    told = " + ".join(f"{name} {count}" for name, count in parts.items())
+    assert total == sum(parts.values()), f"{stage}: in {total} = {told} does not hold: a row was lost or doubled"
+    return {"in": total, **parts}
+
+
 def path_sha256(path: Path) -> str:
     """Hash a file, or a folder's safetensors and JSON files by name and content; ``absent`` where there is none."""
     if path.is_file():
