@@ -100,6 +100,22 @@ def report(folder: RunArgument) -> None:
 
 
 @app.command()
+def trace(
+    folder: RunArgument,
+    row_id: Annotated[str, typer.Argument(help="The id of a row that a stage wrote.", show_default=False)],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with whole texts.")] = False,
+) -> None:
+    """Print where a row came from, back to the sentence of the constitution that caused it."""
+    from rlaif import trace as ancestry
+
+    found = ancestry.trace(folder, row_id)
+    if as_json:
+        typer.echo(json.dumps(ancestry.as_json(found), indent=2, ensure_ascii=False))
+    else:
+        typer.echo("\n".join(ancestry.as_lines(found)))
+
+
+@app.command()
 def chat(
     folder: RunArgument,
     prompt: Annotated[str | None, typer.Option(help="Ask this once and stop.", show_default=False)] = None,

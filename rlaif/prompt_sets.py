@@ -76,7 +76,7 @@ def _read_transcripts(path: Path, column: str, tag: str, eval_fraction: float, s
             unused.append({"line": line, "reason": str(reason)})
             continue
         named = {key: row[key] for key in ("id", "tag", "category", "split") if row.get(key) is not None}
-        known = {"id": f"hh-{content[:12]}", "tag": tag, "split": split_of(messages, eval_fraction, seed), **named}
+        known = {"id": _id_of(messages), "tag": tag, "split": split_of(messages, eval_fraction, seed), **named}
         try:
             prompts.append(Prompt(messages=messages, **known))
         except ValueError as problem:
@@ -84,6 +84,23 @@ def _read_transcripts(path: Path, column: str, tag: str, eval_fraction: float, s
     if not prompts:
         raise DataError(f"{path}: none of {len(unused)} rows is a prompt; the first: {unused[0]['reason']}.")
     return PromptSet(prompts, unused)
+
+
+def line_of(path: Path, prompt_id: str) -> int | None:
+    """Return the line on which a prompt stands, or None where it does not stand in this file."""
+    for line, row in read_jsonl(path):
+        if str(row.get("id")) == prompt_id:
+            return line
+        column = next((name for name in TRANSCRIPTS if name in row), None)
+        if column is not None and "id" not in row:
+            with suppress(Unusable):
+                if _id_of(_without_answer(row[column])) == prompt_id:
+                    return line
+    return None
+
+
+def _id_of(messages: Messages) -> str:
+    return f"hh-{fingerprint(messages)[:12]}"
 
 
 def _without_answer(text: Any) -> Messages:

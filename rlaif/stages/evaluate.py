@@ -99,7 +99,13 @@ def evaluate(run: Run) -> dict[str, Any]:
     files.write_jsonl(
         folder / "responses.jsonl",
         [
-            {"policy": name, "prompt_id": row.prompt.id, "tag": row.prompt.tag, "prompt": row.prompt.prompt}
+            {
+                "id": f"{row.prompt.id}/{name}",
+                "policy": name,
+                "prompt_id": row.prompt.id,
+                "tag": row.prompt.tag,
+                "prompt": row.prompt.prompt,
+            }
             | {key: getattr(row, key) for key in Response._fields[1:]}
             for name, rows in responses.items()
             for row in rows

@@ -293,6 +293,7 @@ def chain_row(chain: Chain, reason: str | None) -> dict[str, Any]:
         "steps": [
             {
                 "principle": s.principle.id,
+                "principle_hash": s.principle.hash,
                 "title": s.principle.title,
                 "critique": s.critique,
                 "revision": s.revision,
