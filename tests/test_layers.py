@@ -30,7 +30,7 @@ PLAIN = {
     "journal",
     "progress",
 }
-TOP = {"report", "pipeline", "trace", "chat", "environment"}
+TOP = {"report", "pipeline", "trace", "plan", "chat", "environment"}
 ALLOWED = {
     "plain": set(),
     "maths": set(),

@@ -5,6 +5,7 @@ key that says what it is for, and a hash of everything that determines its answe
 the sampling settings and the seed. An answer is committed to the journal before it is used; asking again reads it.
 """
 
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
@@ -77,6 +78,8 @@ def ask(
     Batches are formed over all questions, answered or not, so a resumed run computes the very batches that an
     uninterrupted one would. What an engine yields together is committed together.
     """
+    if journal.stand_in is not None:
+        engine = journal.stand_in(stage, title, engine, questions)
     known = journal.known(stage)
     keys = {id(q): (q.item_id, q.sample, request_hash(engine.identity, q)) for q in questions}
     found = {id(q): _from_json(known[keys[id(q)]].result) for q in questions if keys[id(q)] in known}
@@ -86,9 +89,11 @@ def ask(
     with progress.task(title, missing) as task:
         batches = engine.batches(questions) if missing else []
         todo = [[question for question in batch if id(question) not in found] for batch in batches]
+        began = time.monotonic()
         for group in engine.answers([batch for batch in todo if batch]):
+            each, began = (time.monotonic() - began) / len(group), time.monotonic()
             units = [
-                Unit(stage, *keys[id(question)], result=_to_json(answer), tokens=answer.tokens)
+                Unit(stage, *keys[id(question)], result=_to_json(answer), tokens=answer.tokens, seconds=each)
                 for question, answer in group
             ]
             journal.put(units)
