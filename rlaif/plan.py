@@ -20,8 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from rlaif import journal
-from rlaif.documents import fingerprint
-from rlaif.engines.engine import Answer, Answered, Engine, Question
+from rlaif.engines.engine import Answer, Answered, Engine, Question, request_hash
 from rlaif.errors import ConfigError, RlaifError
 from rlaif.journal import Journal, Manifest
 from rlaif.pipeline import journal_copy, peak_memory_gib
@@ -98,11 +97,11 @@ class _StandIn:
     def answers(self, batches: Sequence[Sequence[Question]]) -> Iterator[Answered]:
         for batch in batches:
             self._wave.missing += batch
-            yield [(question, _invented(question)) for question in batch]
+            yield [(question, _invented(self.identity, question)) for question in batch]
 
 
-def _invented(question: Question) -> Answer:
-    mark = fingerprint([question.item_id, question.sample, question.messages])
+def _invented(identity: dict[str, Any], question: Question) -> Answer:
+    mark = request_hash(identity, question)
     if question.options:
         return Answer(logprobs=(-1.0 - int(mark[:4], 16) / 65536, *([-1.0] * (len(question.options) - 1))))
     words = " ".join(mark[start : start + 8] for start in range(0, 64, 8))

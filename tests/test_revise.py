@@ -251,6 +251,19 @@ def test_a_demonstration_that_is_nearly_another_is_set_aside_and_the_smallest_id
     assert revise.revise(off)["kept"] == 3
 
 
+@pytest.mark.parametrize(
+    ("few_shot", "near", "reason"), [(1, 0.9, "worked example copied"), (0, 0.9, None), (1, None, None)]
+)
+def test_a_revision_that_copies_a_worked_example_is_set_aside(
+    few_shot: int, near: float | None, reason: str | None, make: Maker
+) -> None:
+    copied = CONSTITUTION.replace("revision: V1", f'revision: "{SECOND}"')
+    settings = {"few_shot": few_shot, "near_duplicate": near}
+    run = make(ScriptedEngine(numbered(SECOND)), prompts=PROMPTS[:1], constitution=copied, revise=settings)
+    counts = revise.revise(run)
+    assert counts["quarantined_by_reason"] == ({reason: 1} if reason else {})
+
+
 # --- without a critique, without a change, more than once -----------------------------------------------------------
 
 

@@ -25,11 +25,12 @@ from rlaif.model.roles import BASE
 from rlaif.prompting import Template
 from rlaif.recipe import SamplingSection
 from rlaif.records import Demonstration, Messages, Prompt, assistant, text_of
-from rlaif.sameness import near_duplicates, says_no_change
+from rlaif.sameness import grams, likeness, near_duplicates, says_no_change
 from rlaif.stages.run import Run, reconciled, templates
 
 NAME = "revise"
 NEAR_DUPLICATE = "near duplicate"  # the reason of a demonstration that is nearly another one
+COPIED = "worked example copied"  # the reason of a revision that is nearly one of those that were shown
 NO_CHANGE = "no change needed"  # the flag of a demonstration whose critique found nothing to change
 # The number that opens a line of a list is matched as well, so that its full stop ends no sentence.
 _SENTENCE_END = re.compile(r"""^\s*\d+[.)](?=\s|$)|(?P<end>[.!?]["'”’)\]*]*)(?=\s|$)""", re.MULTILINE)
@@ -227,6 +228,10 @@ def problem(run: Run, chain: Chain) -> str | None:
     )
     if reason is None and chain.prompt.tag in settings.must_refuse_tags and not filters.is_refusal(last.revision):
         return "does not decline"
+    if reason is None and settings.near_duplicate is not None:
+        own, shown = grams(last.revision), run.constitution.examples[: settings.few_shot]
+        if any(likeness(own, grams(example.revision)) >= settings.near_duplicate for example in shown):
+            return COPIED
     return reason
 
 
