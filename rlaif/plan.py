@@ -189,8 +189,6 @@ def _of_stage(run: Rehearsal, real: Path, stage: str, forced: bool, before: list
     except RlaifError as problem:
         if not any(one.missing for one in [*before, found]):  # else the stand-in's answers may have led to it
             found.note = f"would stop: {problem}"
-    finally:
-        run.journal.stand_in = None
     return found
 
 

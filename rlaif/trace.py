@@ -168,7 +168,10 @@ class _Ancestry:
         for logit in vote.get("logits", ()):
             node.sources += self._verdicts(prompt_id, logit)
         if vote.get("critique"):
-            node.sources += self._answers("label", f"{prompt_id}/critique", vote["critique"], "critique")
+            chain = self._chains.get(prompt_id)  # whose critique it is, or one of a needless refusal
+            steps = chain[1]["steps"] if chain else []
+            stage = "revise" if any(step["critique"] == vote["critique"] for step in steps) else "label"
+            node.sources += self._answers(stage, f"{prompt_id}/critique", vote["critique"], "critique")
         if vote.get("principle"):
             known = origin.get("principle_hash") if vote["principle"] == origin.get("principle") else None
             key = "comparison" if "logits" in vote else "revision"

@@ -136,11 +136,14 @@ def test_a_comparison_made_of_a_revision_leads_to_the_chain_of_each_side(make: M
     chosen, rejected = named([node], "chosen")[0], named([node], "rejected")[0]
     assert [source.what for source in chosen.sources[0].sources] == ["revision 1", "response", "prompt"]
     assert [source.what for source in rejected.sources[0].sources] == ["response", "prompt"]
+    critique = named([node], "vote")[0].sources[0]
+    assert (critique.id, critique.where) == (f"{harmful['provenance']['prompt_id']}/critique-0", "journal.db revise")
     ordinary = next(row for row in rows if row["tag"] != HARM)
     (node,) = trace(run.folder, ordinary["id"])
     answer = named([node], "rejected")[0].sources[0]
     assert (answer.id, answer.where) == (f"{ordinary['provenance']['prompt_id']}/revise-0", "journal.db label")
-    assert named([node], "vote")[0].sources[0].id.endswith("/critique-0")
+    critique = named([node], "vote")[0].sources[0]
+    assert critique.id.endswith("/critique-0") and critique.where == "journal.db label"
     assert node.note == ""
 
 
