@@ -59,11 +59,22 @@ def run(
         str | None, typer.Option("--from", metavar="STAGE", help="Run this stage and later ones again.")
     ] = None,
     until: Annotated[str | None, typer.Option("--until", metavar="STAGE", help="Stop after this stage.")] = None,
+    plan_: Annotated[bool, typer.Option("--plan", help="Say what would run, and run and write nothing.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
     """Run a recipe: all stages that are not up to date, then the report."""
+    from rlaif.errors import ConfigError
     from rlaif.recipe import load_recipe
 
+    if as_json and not plan_:
+        raise ConfigError("--json: is of use with --plan only. Add --plan, or leave it out.")
     loaded = load_recipe(Path(recipe), set_)  # before torch is imported: mistakes are told at once
+    if plan_:
+        from rlaif import plan
+
+        plans = plan.plan(loaded, first=from_, last=until)
+        typer.echo(plan.as_json(plans) if as_json else "\n".join(plan.as_lines(plans)))
+        return
     from rlaif.pipeline import run_recipe
     from rlaif.progress import Progress
     from rlaif.report.run import write_report
@@ -97,6 +108,22 @@ def report(folder: RunArgument) -> None:
     from rlaif.report.run import write_report
 
     typer.echo(str(write_report(folder)))
+
+
+@app.command()
+def trace(
+    folder: RunArgument,
+    row_id: Annotated[str, typer.Argument(help="The id of a row that a stage wrote.", show_default=False)],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with whole texts.")] = False,
+) -> None:
+    """Print where a row came from, back to the sentence of the constitution that caused it."""
+    from rlaif import trace as ancestry
+
+    found = ancestry.trace(folder, row_id)
+    if as_json:
+        typer.echo(json.dumps(ancestry.as_json(found), indent=2, ensure_ascii=False))
+    else:
+        typer.echo("\n".join(ancestry.as_lines(found)))
 
 
 @app.command()

@@ -222,7 +222,7 @@ def load(path: Path) -> Constitution:
             `documents.load_yaml` refuses, an unknown or missing key, a wrong value; then, over all files, an
             id used twice, a principle that is named and does not exist, a chain of `extends` that comes back.
     """
-    files = _chain(path)
+    files = chain(path)
     contents = [content for _, content in files]
     known = {principle.id for content in contents for principle in content.principles}
     problems = [line for file in files for line in (*_repeated(*file), *_unknown(*file, known))]
@@ -241,7 +241,7 @@ def load(path: Path) -> Constitution:
     )
 
 
-def _chain(path: Path) -> list[tuple[Document, Constitution]]:
+def chain(path: Path) -> list[tuple[Document, Constitution]]:
     """Read a file and everything it extends; the file that extends nothing comes first."""
     files: list[tuple[Document, Constitution]] = []
     seen: list[Path] = []

@@ -207,7 +207,10 @@ GOOD = json.dumps(PROMPTS[0])
     [
         (f'{GOOD}\n{{"id": "x", "prompt": \n', ["prompts.jsonl:2: not a JSON object"]),
         (f'{GOOD}\n\n{{"id": "x", "prompt": " "}}\n', ["prompts.jsonl:3: prompt: an empty prompt"]),
-        (f'{{"id": "x"}}\n{GOOD}\n', ["prompts.jsonl:1: prompt: this key is missing"]),
+        (
+            f'{{"id": "x"}}\n{GOOD}\n',
+            ["prompts.jsonl:1: (file): neither `prompt` nor `messages`; one of them is expected"],
+        ),
         (f"{GOOD}\n{GOOD}\n", ["prompts.jsonl:2: the id `harmful-0` stands already in line 1"]),
         (f'{GOOD}\n{{"id": "x", "promt": "a?"}}\n', ["prompts.jsonl:2: promt: unknown key; did you mean `prompt`?"]),
         (f'{GOOD}\n{{"id": "x", "prompt": "a?", "split": "test"}}\n', ["prompts.jsonl:2: split:"]),

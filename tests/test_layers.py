@@ -23,15 +23,18 @@ PLAIN = {
     "records",
     "constitution",
     "prompting",
+    "transcripts",
+    "prompt_sets",
     "recipe",
     "sections",
     "steering",
     "filters",
+    "sameness",
     "files",
     "journal",
     "progress",
 }
-TOP = {"report", "pipeline", "chat", "environment"}
+TOP = {"report", "pipeline", "trace", "plan", "chat", "environment"}
 ALLOWED = {
     "plain": set(),
     "maths": set(),

@@ -140,6 +140,29 @@ def _drop_dropout(config: Any) -> None:
                 setattr(part, name, 0.0)
 
 
+def identity_of(settings: ModelSection) -> dict[str, Any]:
+    """Return the identity of the model that a recipe names, without loading or fetching it.
+
+    Raises:
+        ModelError: its configuration is not on this machine.
+    """
+    name = settings.model_name_or_path
+    if name in builtin.EMBEDDED and not builtin.is_fetched(name):
+        return {"model": name, "weights": "not fetched yet"}
+    source = resolve(name)
+    try:
+        config = AutoConfig.from_pretrained(
+            source, revision=settings.model_revision, trust_remote_code=False, local_files_only=True
+        )
+    except _BROKEN as problem:
+        reason = " ".join(str(problem).split())[:200]
+        raise ModelError(
+            f"model `{name}`: its configuration is not on this machine: {reason} A plan fetches nothing; fetch the "
+            "model first, or run the recipe."
+        ) from problem
+    return identity(settings, source, config)
+
+
 def identity(settings: ModelSection, source: str, config: Any) -> dict[str, Any]:
     """Return what an answer of this model depends on, for the keys of stored work: weights, precision, template."""
     folder = Path(source)

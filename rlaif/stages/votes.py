@@ -14,7 +14,7 @@ from rlaif.constitution import Principle
 from rlaif.errors import StageError
 from rlaif.recipe import LabelSection
 from rlaif.sections import JudgeSection
-from rlaif.stages.candidates import NAME, Candidate, Engines, spoken
+from rlaif.stages.candidates import NAME, Candidate, Engines
 from rlaif.stages.judge import judge
 from rlaif.stages.rating import gathered
 from rlaif.stages.rewards import find_function
@@ -155,7 +155,7 @@ def cast(panel: Panel, candidates: Sequence[Candidate], title: str) -> list[Ball
         groups = [one.principles] if panel.together else [(principle,) for principle in one.principles]
         for group in groups:
             name = one.id if len(groups) == 1 else f"{one.id}@{group[0].id}"
-            pair = Pair(name, spoken(one.prompt), one.first, one.second, gathered(group), one.tag)
+            pair = Pair(name, one.asked, one.first, one.second, gathered(group), one.tag)
             asked.append((index, group, pair))
     votes: list[list[Vote]] = [[] for _ in candidates]
     for who in panel.judges:
