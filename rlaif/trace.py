@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rlaif import constitution as constitutions
+from rlaif.endpoints import BASE
 from rlaif.engines.engine import Answer
 from rlaif.errors import ConstitutionError, DataError
 from rlaif.journal import Unit
@@ -231,13 +232,9 @@ class _Ancestry:
         return nodes
 
     def _verdicts(self, prompt_id: str, logit: float) -> list[Node]:
-        units = [
-            u
-            for u in self._units["label"]
-            if u.item_id.startswith(f"{prompt_id}/")
-            and len(found := u.result.get("logprobs", ())) >= 2
-            and abs(found[0] - found[1] - logit) < 1e-6
-        ]
+        mine = (u for u in self._units["label"] if u.item_id.startswith(prompt_id) and "/exchanged/" not in u.item_id)
+        read = [(u, u.result.get("logprobs", ())) for u in mine]  # under `/exchanged/` stands the swap test
+        units = [u for u, logprobs in read if len(logprobs) > 1 and abs(logprobs[0] - logprobs[1] - logit) < 1e-6]
         return [self._unit("label", unit, "judgement") for unit in units]
 
     def _unit(self, stage: str, unit: Unit, what: str) -> Node:
@@ -247,13 +244,21 @@ class _Ancestry:
         adapter = self._run.stage_folder("sft") / "adapter"
         facts = {
             "request": unit.request_hash[:16],
-            "model": self._run.recipe.model.model_name_or_path,
+            "model": self._run.model_of(self._asked(stage, unit)),
             "adapter": path_sha256(adapter)[:16] if policy and adapter.is_dir() else "none",
             "seed": self._run.seed(unit.item_id, unit.sample),
             "sample": unit.sample,
             "tokens": unit.tokens,
         }
         return Node(what, unit.item_id, f"journal.db {stage}", facts)
+
+    def _asked(self, stage: str, unit: Unit) -> str:
+        """Return the name of the engine that answered, as the recipe has it."""
+        names, part = self._run.recipe.revise, unit.item_id.rpartition("/")[2].partition("-")[0]
+        if unit.result.get("logprobs"):
+            return self._run.recipe.label.judge
+        known = {"critique": names.critic, "revise": names.reviser}
+        return known.get(part, names.responder if stage == "revise" else BASE)
 
     def _prompt(self, prompt_id: str, shown: Any = None) -> Node:
         for path in self._run.loaded.prompts:

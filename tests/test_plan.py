@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from scripted import CONSTITUTION, HARM, PROMPTS, ScriptedEngine, make_run, usual
+from scripted import CONSTITUTION, HARM, PROMPTS, ScriptedEngine, make_run, prefers, usual
 from typer.testing import CliRunner
 
 from rlaif import plan as plans
@@ -105,8 +105,8 @@ def test_votes_that_used_a_reworded_principle_are_asked_again_and_no_others(make
     def answers(question: Any) -> Answer:
         return Answer(f"Answer {question.sample} to {question.item_id}, in so many words.", tokens=9)
 
-    settings = {"stages": ["label"], "label": {"method": "judge", "few_shot": 0, "allow_weak_judge": True}}
-    first = ScriptedEngine(answers, lambda q: (-0.1, -2.0) if q.item_id.endswith("given") else (-2.0, -0.1))
+    settings = {"stages": ["label"], "label": {"few_shot": 0, "allow_weak_judge": True, "self_test_rows": 0}}
+    first = ScriptedEngine(answers, prefers("Answer 0 to", 2.0))
     run_stage(make(first, **settings), "label")
     used = {row["provenance"]["prompt_id"]: row["provenance"]["principle"] for row in comparisons(make(**settings))}
     lawful = sorted(identifier for identifier, principle in used.items() if principle == "lawful")

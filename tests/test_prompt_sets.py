@@ -31,7 +31,7 @@ from rlaif.prompt_sets import as_text, read_prompts
 from rlaif.prompting import load_template
 from rlaif.recipe import load_recipe
 from rlaif.records import Demonstration, read_rows
-from rlaif.stages import evaluate, label, revise
+from rlaif.stages import construction, evaluate, label, revise
 from rlaif.stages.run import Run
 
 Maker = Callable[..., Run]
@@ -296,7 +296,7 @@ def test_the_recipes_system_prompt_begins_policy_prompts_and_no_request_to_a_cri
     assert '"\n\nThe assistant\'s instructions were:\n"Answer in one sentence."\n\n' in turn["content"]
     rows = read_rows(run.folder / "1-revise" / "demonstrations.jsonl", Demonstration)
     assert [row.prompt[0] for row in rows] == [brief, SYSTEM]
-    questions = label.under_constitution(run, run.prompts[0])
+    questions = construction.under_constitution(run, run.prompts[0])
     assert [turn["role"] for turn in questions] == ["system", "user"] and questions[0]["content"].endswith("Be brief.")
     assert [row.messages[0] for row in run.select("eval", {})] == [brief]
 

@@ -151,7 +151,7 @@ def demonstration(run: Run, chain: Chain, template_hashes: dict[str, str]) -> De
             "principle": principle.id if principle else None,
             "principle_hash": principle.hash if principle else None,
             "templates": template_hashes,
-            "model": run.recipe.model.model_name_or_path,
+            "model": run.model_of(run.recipe.revise.reviser if chain.steps else run.recipe.revise.responder),
             "seed": run.recipe.seed,
         },
     )

@@ -151,7 +151,7 @@ def by_judge(run: Run, engines: Engines, panel: Panel) -> tuple[list[Comparison]
     tested = sorted(candidates, key=lambda one: run.seed("swap test", one.id))[: settings.self_test_rows]
     quality: dict[str, Any] = {
         "candidates": collected,
-        "swap_test": swap_test(panel, tested, settings.swap_tolerance) if tested else None,
+        "swap_test": swap_test(panel, tested, settings.tolerance()) if tested else None,
         "attacks": qualities.try_attacks(run, panel),
     }
     gold = qualities.gold_candidates(run, len(candidates))

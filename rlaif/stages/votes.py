@@ -184,15 +184,16 @@ def count(votes: list[Vote]) -> Ballot:
 def swap_test(panel: Panel, candidates: Sequence[Candidate], tolerance: float) -> dict[str, Any]:
     """Ask about candidates as they are and with their answers exchanged; P must become 1 - P.
 
-    Both are asked in one go, so that equal requests stand in batches of one shape. It finds a labeller that mixes up
-    sides, draws its answers anew each time, or does not answer the same question alike.
+    The exchanged pairs make the very same requests, so they are asked in batches of the same shapes as the others, and
+    rounding is the same. It finds a labeller that mixes up sides, or answers a question otherwise when asked again.
 
     Raises:
         StageError: a label does not turn around with its pair.
     """
-    both = cast(panel, [*candidates, *(one.exchanged for one in candidates)], "swap test")
+    given = cast(panel, candidates, "swap test")
+    exchanged = cast(panel, [one.exchanged for one in candidates], "swap test, exchanged")
     errors: list[float] = []
-    for candidate, there, back in zip(candidates, both[: len(candidates)], both[len(candidates) :], strict=True):
+    for candidate, there, back in zip(candidates, given, exchanged, strict=True):
         if there.preference is None and back.preference is None:
             continue
         if there.preference is None or back.preference is None:
