@@ -4,6 +4,7 @@ A recipe has general keys, then one section per stage, named as the stage. Model
 `transformers`, `peft` and `trl` users know. Unknown keys are errors that name the nearest key.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -12,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from rlaif.documents import Document, Key, find, load_yaml, validate
+from rlaif.documents import Document, Key, Problem, Severity, find, load_yaml, validate
 from rlaif.errors import ConfigError
 from rlaif.filters import REASONS
 
@@ -301,10 +302,12 @@ class _Overridden(Document):
 
     options: dict[tuple[Key, ...], str] = field(default_factory=dict)
 
-    def where(self, *keys: Key) -> str:
-        """Return ``file:line:column`` of a key path, or the option that set it."""
-        set_by = [option for path, option in self.options.items() if keys[: len(path)] == path]
-        return f"--set {set_by[-1]}" if set_by else super().where(*keys)
+    def problem(self, keys: Sequence[Key], code: str, message: str, severity: Severity = "error") -> Problem:
+        """Return a problem that stands at a key path, or at the option that set it."""
+        set_by = [option for path, option in self.options.items() if tuple(keys[: len(path)]) == path]
+        if set_by:
+            return Problem(f"--set {set_by[-1]}", None, None, code, message, severity)
+        return super().problem(keys, code, message, severity)
 
 
 def _override(document: _Overridden, override: str) -> None:

@@ -8,17 +8,44 @@ arXiv 2309.00267, section 2.2, who average probabilities; averaging logits recov
 import math
 import statistics
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
-from rlaif.constitution import Principle
+from rlaif import requests
+from rlaif.constitution import Constitution, Principle
 from rlaif.documents import canonical_json
 from rlaif.engines.engine import Engine, Question, ask
+from rlaif.journal import Journal
 from rlaif.maths import agreement
+from rlaif.progress import Progress
 from rlaif.prompting import Template
-from rlaif.records import Message, Messages, assistant
-from rlaif.stages.run import Run, templates
+from rlaif.recipe import Recipe
+from rlaif.records import Message, Messages
+from rlaif.requests import OPTIONS
+from rlaif.stages.run import templates
 
-OPTIONS = ("A", "B")
+
+class Bench(Protocol):
+    """What a judge is given: a `Run` is one, and so is `rlaif.judging.Setting` outside of a run."""
+
+    @property
+    def recipe(self) -> Recipe:
+        """Its section `label` says how many worked comparisons are shown and how both orders are combined."""
+        ...
+
+    @property
+    def constitution(self) -> Constitution:
+        """Where principles, worked comparisons and tests come from."""
+        ...
+
+    @property
+    def journal(self) -> Journal:
+        """Where answers are kept."""
+        ...
+
+    @property
+    def progress(self) -> Progress:
+        """Who is told."""
+        ...
 
 
 class Pair(NamedTuple):
@@ -46,7 +73,7 @@ class Verdict(NamedTuple):
         return self.logits[0] * self.logits[1] > 0
 
 
-def judge(run: Run, stage: str, engine: Engine, pairs: Sequence[Pair], title: str) -> list[Verdict]:
+def judge(run: Bench, stage: str, engine: Engine, pairs: Sequence[Pair], title: str) -> list[Verdict]:
     """Ask for each pair in both orders."""
     template = templates("compare")["compare"]
     shown = worked_comparisons(run, template)
@@ -66,24 +93,14 @@ def judge(run: Run, stage: str, engine: Engine, pairs: Sequence[Pair], title: st
     ]
 
 
-def worked_comparisons(run: Run, template: Template) -> Messages:
-    """Return the constitution's worked comparisons as turns, as many as the recipe shows to the judge.
-
-    Each is put under its own principle: a question about something else would teach the judge to ignore the question.
-    """
-    turns: Messages = []
-    for index, example in enumerate(run.constitution.comparisons[: run.recipe.label.few_shot]):
-        principle = run.constitution.principle(example.principle)
-        pair = Pair(f"worked-{index}", example.prompt, example.first, example.second, principle)
-        turns += [_request(template, pair), *assistant(OPTIONS[example.better == "second"])]
-    return turns
+def worked_comparisons(run: Bench, template: Template) -> Messages:
+    """Return the constitution's worked comparisons as turns, as many as the recipe shows to the judge."""
+    return requests.worked_comparisons(run.constitution, template, run.recipe.label.few_shot)
 
 
 def _request(template: Template, pair: Pair, *, swapped: bool = False) -> Message:
     first, second = (pair.second, pair.first) if swapped else (pair.first, pair.second)
-    question = pair.principle.comparison_question()
-    text = template.render(prompt=pair.prompt, first=first, second=second, question=question)
-    return {"role": "user", "content": text}
+    return requests.comparison_request(template, pair.principle, prompt=pair.prompt, first=first, second=second)
 
 
 def _verdict(given: Sequence[float], swapped: Sequence[float], space: str) -> Verdict:
@@ -93,7 +110,7 @@ def _verdict(given: Sequence[float], swapped: Sequence[float], space: str) -> Ve
     return Verdict(both.preference, both.strength, both.bias, mass, logits)
 
 
-def measure(run: Run, stage: str, engine: Engine) -> dict[str, Any] | None:
+def measure(run: Bench, stage: str, engine: Engine) -> dict[str, Any] | None:
     """Run the judge on the constitution's tests; None where there are none.
 
     A test that names no principle is judged under the first one. A verdict without a side counts as wrong.

@@ -17,13 +17,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rlaif import files, filters
-from rlaif.constitution import Example, Principle
+from rlaif.constitution import Principle
 from rlaif.engines.engine import Answer, Engine, Question, ask
 from rlaif.engines.local import LocalEngine
 from rlaif.model.roles import BASE
-from rlaif.prompting import Template
 from rlaif.recipe import SamplingSection
 from rlaif.records import Demonstration, Messages, Prompt, assistant
+from rlaif.requests import revision_request, worked_examples
 from rlaif.stages.run import Run, templates
 
 NAME = "revise"
@@ -99,19 +99,18 @@ def critique_and_revise(
     """Add one critique and revision to each chain, under a principle for the prompt's tag (or for `tag`)."""
     settings = run.recipe.revise
     prompt_templates = templates("critique", "revise")
-    examples = run.constitution.examples[: settings.few_shot]
     for chain in chains:
         principle = run.principle_for(chain.prompt, step, tag=tag or "")
         chain.steps.append(Step(principle))
     # Both waves see the answer as it stood before this step.
     before = {id(chain): chain.steps[-2].revision if len(chain.steps) > 1 else chain.response for chain in chains}
     for part, template in prompt_templates.items():
-        shown = [turn for example in examples for turn in worked_example(run, template, example)]
+        shown = worked_examples(run.constitution, template, settings.few_shot)
         questions = []
         for chain in chains:
             now = chain.steps[-1]
             values = {"prompt": chain.prompt.prompt, "response": before[id(chain)]}
-            request = _render(template, now.principle, critique=now.critique, **values)
+            request = revision_request(template, now.principle, critique=now.critique, **values)
             messages: Messages = [*shown, {"role": "user", "content": request}]
             key = f"{chain.prompt.id}/{part}-{step}"
             questions.append(question(run, key, messages, settings.sampling))
@@ -122,20 +121,6 @@ def critique_and_revise(
                 chain.steps[-1].critique = text
             else:
                 chain.steps[-1].revision, chain.steps[-1].ended = unquoted(text), ended
-
-
-def worked_example(run: Run, template: Template, example: Example) -> Messages:
-    """Return a worked example of the constitution as a turn of the user and one of the assistant."""
-    principle = run.constitution.principle(example.principle)
-    values = {"prompt": example.prompt, "response": example.response, "critique": example.critique}
-    answer = example.critique if template.name == "critique" else example.revision
-    return [{"role": "user", "content": _render(template, principle, **values)}, *assistant(answer)]
-
-
-def _render(template: Template, principle: Principle, *, critique: str, **values: str) -> str:
-    if template.name == "critique":
-        return template.render(**values, request=principle.critique_request())
-    return template.render(**values, critique=critique, request=principle.revision_request())
 
 
 def question(run: Run, item_id: str, messages: Messages, sampling: SamplingSection, *, sample: int = 0) -> Question:

@@ -1,0 +1,130 @@
+"""The commands of `rlaif constitution`; like those of `cli`, each imports what it needs when it runs."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rlaif.errors import ConfigError, ConstitutionError
+
+constitution_app = typer.Typer(
+    help="Check, show, compare, import, test and induce constitution files.", no_args_is_help=True
+)
+FileArgument = Annotated[
+    Path, typer.Argument(metavar="FILE", help="A constitution file, or the name of a shipped one.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def _find(path: Path) -> Path:
+    from rlaif.documents import find
+
+    return path if path.is_file() else find("constitutions", str(path))
+
+
+@constitution_app.command("check")
+def check(
+    paths: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Constitution files.", show_default=False)],
+    prompts: Annotated[
+        list[str],
+        typer.Option(metavar="SET", help="A prompt set that the principles are to serve; may be given several times."),
+    ] = ["harmful", "ordinary", "lookalike"],  # noqa: B006
+    max_tokens: Annotated[int, typer.Option(min=64, help="The model's context, for estimates of length.")] = 2048,
+    as_json: JsonOption = False,
+) -> None:
+    """Check constitution files: every error and every warning with its file, line and column."""
+    from rlaif import constitution_check as checks
+    from rlaif.constitution import load
+    from rlaif.documents import find
+
+    kinds = checks.read_prompts([find("prompts", name) for name in prompts])
+    found = []
+    for path in paths:
+        file = _find(path)
+        problems = checks.check(file, kinds, max_tokens=max_tokens)
+        found += problems
+        if as_json:
+            continue
+        for problem in problems:
+            typer.echo(f"{problem.place}: {problem.severity}: {problem.message}")
+        if not any(problem.severity == "error" for problem in problems):
+            whole = load(file)
+            counted = f"{len(whole.principles)} principles, {len(whole.examples)} examples, {len(whole.tests)} tests"
+            warned = f", {_count(len(problems), 'warning')}" if problems else ""
+            typer.echo(f"{path}: {whole.name} {whole.version}: {counted}{warned}")
+    found = list(dict.fromkeys(found))
+    if as_json:
+        typer.echo(checks.as_json(found))
+    errors = [problem for problem in found if problem.severity == "error"]
+    if errors:
+        files = ", ".join(dict.fromkeys(problem.file for problem in errors))
+        raise ConstitutionError(f"{_count(len(errors), 'error')} in {files}. Mend what is listed and check again.")
+
+
+def _count(number: int, word: str) -> str:
+    return f"{number} {word}" + ("" if number == 1 else "s")
+
+
+@constitution_app.command("show")
+def show(
+    path: FileArgument,
+    principle: Annotated[str | None, typer.Option(help="Only this principle, by its id.", show_default=False)] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="Show whole requests, as a model is shown them, about this prompt.")
+    ] = None,
+    response: Annotated[str, typer.Option(help="The answer to criticize, to revise and to compare.")] = "[a response]",
+    critique: Annotated[str, typer.Option(help="What the revision is to mend.")] = "[the critique]",
+    other: Annotated[str, typer.Option(help="The second answer of the comparison.")] = "[another response]",
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME_OR_FOLDER", help="Show them through this model's chat template.", show_default=False
+        ),
+    ] = None,
+    few_shot: Annotated[
+        int | None, typer.Option(min=0, help="How many worked turns; default: as in a recipe that says nothing.")
+    ] = None,
+) -> None:
+    """Show each principle with its wordings or, with a prompt, the whole requests that a model is shown."""
+    from rlaif.constitution import load
+    from rlaif.recipe import LabelSection, ReviseSection
+    from rlaif.requests import plain_turns, requests_of
+
+    if prompt is None and model is not None:
+        raise ConfigError("--model: shows whole requests, which need a prompt. Give --prompt TEXT as well.")
+    found = load(_find(path))
+    chosen = [found.principle(principle)] if principle else found.principles
+    if prompt is None:
+        for item in chosen:
+            typer.echo(f"{item.id}: {item.title}\n  {item.text}")
+            typer.echo(f"  critique:   {item.critique_request()}\n  revision:   {item.revision_request()}")
+            typer.echo(f"  comparison: {item.comparison_question()}")
+            typer.echo(f"  weight {item.weight:g}; for prompts tagged {', '.join(item.applies_to) or 'anything'}\n")
+        return
+    write = plain_turns
+    if model is not None:
+        from rlaif.model.base import load_tokenizer
+
+        write = load_tokenizer(model).show
+    for item in chosen:
+        requests = requests_of(
+            found,
+            item,
+            prompt=prompt,
+            response=response,
+            critique=critique,
+            other=other,
+            examples=ReviseSection().few_shot if few_shot is None else few_shot,
+            comparisons=LabelSection().few_shot if few_shot is None else few_shot,
+        )
+        for name, turns in requests.items():
+            typer.echo(f"=== {item.id}: {name} ===\n{write(turns)}\n")
+
+
+@constitution_app.command("schema")
+def schema() -> None:
+    """Print the JSON Schema of constitution files, for editors."""
+    from rlaif.constitution import json_schema
+
+    typer.echo(json.dumps(json_schema(), indent=2))
