@@ -10,7 +10,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
@@ -112,29 +112,47 @@ def _shingles(text: str, size: int = 3) -> set[tuple[str, ...]]:
     return {tuple(words[start : start + size]) for start in range(max(1, len(words) - size + 1))}
 
 
-def similarity(first: str, second: str) -> float:
-    """Return the share of three-word sequences that two texts have in common: 0 to 1."""
+def similarity(first: str, second: str, frame: Set[tuple[str, ...]] = frozenset()) -> float:
+    """Return the share of three-word sequences that two texts have in common, 0 to 1; those of a frame do not count."""
     one, other = _shingles(first), _shingles(second)
+    if one - frame and other - frame:
+        one, other = one - frame, other - frame
     return len(one & other) / len(one | other)
 
 
 def _twice(entries: Sequence[Placed]) -> Iterator[Problem]:
-    """Yield principles that say nearly the same, and other entries that stand twice."""
+    """Yield principles that say nearly the same, and other entries that stand twice; each once, with its nearest."""
+    principles = [one.entry for one in entries if isinstance(one.entry, Principle)]
+    frames = [_frame([p.text for p in principles]), _frame([_wordings(p) for p in principles])]
+    nearest: dict[int, tuple[float, Placed, Placed]] = {}
     for one, other in combinations(entries, 2):
         first, second = one.entry, other.entry
-        if type(first) is not type(second):
-            continue
         if isinstance(first, Principle) and isinstance(second, Principle):
-            same = max(similarity(first.text, second.text), similarity(_wordings(first), _wordings(second)))
-            if same >= NEAR_PRINCIPLES:
-                message = (
-                    f"`{second.id}` says nearly the same as `{first.id}` in {_line(one, other.document)} ({same:.0%} "
-                    "of their three-word sequences), so its subject is drawn twice as often. Merge or distinguish them."
-                )
-                yield _warning(other, "", "near-duplicate", message)
-        elif similarity(_whole(first), _whole(second)) >= NEAR_ENTRIES:
+            texts = similarity(first.text, second.text, frames[0])
+            same = max(texts, similarity(_wordings(first), _wordings(second), frames[1]))
+            least = NEAR_PRINCIPLES
+        elif type(first) is type(second):
+            same, least = similarity(_whole(first), _whole(second)), NEAR_ENTRIES
+        else:
+            continue
+        if same >= max(least, nearest.get(id(other), (0.0,))[0]):
+            nearest[id(other)] = same, one, other
+    for same, one, other in nearest.values():
+        first, second = one.entry, other.entry
+        if isinstance(first, Principle) and isinstance(second, Principle):
+            message = (
+                f"`{second.id}` says nearly the same as `{first.id}` in {_line(one, other.document)} ({same:.0%} "
+                "of their three-word sequences), so its subject is drawn twice as often. Merge or distinguish them."
+            )
+        else:
             message = f"nearly the same as the one in {_line(one, other.document)}. Remove one, or change its subject."
-            yield _warning(other, "", "near-duplicate", message)
+        yield _warning(other, "", "near-duplicate", message)
+
+
+def _frame(texts: Sequence[str]) -> set[tuple[str, ...]]:
+    """Return the sequences that many texts share, as a phrase that all requests begin with: they tell nothing apart."""
+    counts = Counter(shingle for text in texts for shingle in _shingles(text))
+    return {shingle for shingle, count in counts.items() if count > max(3, len(texts) / 5)}
 
 
 def _wordings(principle: Principle) -> str:

@@ -122,6 +122,65 @@ def show(
             typer.echo(f"=== {item.id}: {name} ===\n{write(turns)}\n")
 
 
+@constitution_app.command("diff")
+def diff(
+    old: Annotated[Path, typer.Argument(metavar="OLD", help="A constitution file, or the name of a shipped one.")],
+    new: Annotated[Path, typer.Argument(metavar="NEW", help="Another one.")],
+    run: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="Also tell what of this run NEW would do again.")
+    ] = None,
+    exit_code: Annotated[bool, typer.Option("--exit-code", help="Exit with 1 where they differ, for scripts.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Tell what changed between two constitutions, by id; only what a model can see counts."""
+    from rlaif import constitution_diff as differences
+    from rlaif.constitution import load
+
+    before, after = load(_find(old)), load(_find(new))
+    found = differences.compare(before, after)
+    again = None if run is None else differences.redone(run, before, after)
+    if as_json:
+        typer.echo(json.dumps({**found, "run": again}, indent=2, ensure_ascii=False))
+    else:
+        typer.echo(differences.as_text(found))
+        if again is not None:
+            typer.echo(differences.redone_as_text(again))
+    if run is not None and not differences.made_with(run, before):
+        typer.echo(f"note: {run} was made with other principles or examples than those of {old}.", err=True)
+    if exit_code and not found["equal"]:
+        raise typer.Exit(1)
+
+
+@constitution_app.command("import")
+def import_(
+    path: Annotated[
+        Path, typer.Argument(metavar="FILE", help="A constitution of another project: JSON, text, Markdown.")
+    ],
+    output: Annotated[
+        Path | None, typer.Option(help="Where the constitution goes; default: its name, in the working folder.")
+    ] = None,
+) -> None:
+    """Turn a constitution of another project into one of this package; what has no place in it is reported."""
+    from rlaif.constitution import load
+    from rlaif.constitution_import import import_constitution
+    from rlaif.constitution_write import as_yaml
+    from rlaif.files import write_text
+
+    imported = import_constitution(path)
+    target = output or Path(f"{imported.constitution.name}.yaml")
+    if target.exists():
+        raise ConfigError(f"{target}: is there already, and may have been edited. Name another file with --output.")
+    write_text(target, as_yaml(imported.constitution))
+    found = load(target)
+    typer.echo(
+        f"{path} ({imported.format}): {_count(len(found.principles), 'principle')}, "
+        f"{_count(len(found.examples), 'example')} -> {target}"
+    )
+    for line in imported.left:
+        typer.echo(f"  not carried over: {line}")
+    typer.echo(f"Now read it, and give: rlaif constitution check {target}")
+
+
 @constitution_app.command("schema")
 def schema() -> None:
     """Print the JSON Schema of constitution files, for editors."""

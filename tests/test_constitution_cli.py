@@ -5,8 +5,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from scripted import CONSTITUTION, ScriptedEngine, make_run, usual
 
 from rlaif import cli
+from rlaif.pipeline import _write_recipe
+from rlaif.stages.revise import revise
 
 SMALL = """\
 name: small
@@ -145,3 +148,71 @@ def test_what_cannot_be_shown_is_told(rlaif, small, words, part):
     code, _, err = rlaif("show", small, *words)
     assert code == 2
     assert part in err
+
+
+# --- diff ------------------------------------------------------------------------------------------------------------
+
+
+def test_diff_exits_with_0_and_with_exit_code_1_where_files_differ(rlaif, small):
+    Path("new.yaml").write_text(SMALL.replace("The answer is kind.", "The answer is warm."))
+    code, out, err = rlaif("diff", small, "new.yaml")
+    assert (code, err) == (0, "")
+    assert out == "~ principle kind: reworded\n    text: The answer is [-kind.-]{+warm.+}\n"
+    assert rlaif("diff", small, "new.yaml", "--exit-code")[0] == 1
+    assert rlaif("diff", small, small, "--exit-code")[:2] == (0, "No difference that a model could see.\n")
+
+
+def test_diff_as_json_has_the_parts_and_no_run(rlaif, small):
+    Path("new.yaml").write_text(SMALL.replace("weight: 0.0001", "weight: 1"))
+    found = json.loads(rlaif("diff", small, "new.yaml", "--json")[1])
+    assert list(found) == ["equal", "principles", "examples", "comparisons", "tests", "run"]
+    assert found["principles"]["reweighted"] == [{"id": "rare", "weight": [0.0001, 1.0]}]
+    assert found["run"] is None
+
+
+def test_diff_tells_what_a_run_would_do_again(rlaif, tmp_path, monkeypatch):
+    engine = ScriptedEngine(usual)
+    run = make_run(tmp_path, monkeypatch, engine, revise={"few_shot": 0, "filters": ["empty"]})
+    _write_recipe(run)
+    revise(run)
+    Path("new.yaml").write_text(CONSTITUTION.replace("Who is hurt?", "Who is harmed?"))
+    words = ("diff", "constitution.yaml", "new.yaml", "--run", "run")
+    again = sum(run.principle_for(prompt).id == "safe" for prompt in run.prompts[:3])
+    code, out, err = rlaif(*words)
+    assert (code, err) == (0, "")
+    assert out.splitlines()[2:4] == ["in run, with the new file:", f"  {again} of 5 chains would be done again"]
+    found = json.loads(rlaif(*words, "--json")[1])["run"]
+    assert found == {
+        "run": "run",
+        "chains": {"all": 5, "again": again, "reasons": {"its principle is reworded": again}},
+        "votes": None,
+    }
+    assert rlaif("diff", "new.yaml", "constitution.yaml", "--run", "run")[2] == (
+        "note: run was made with other principles or examples than those of new.yaml.\n"
+    )
+    assert "not a run folder" in rlaif("diff", "new.yaml", "new.yaml", "--run", tmp_path / "none")[2]
+
+
+# --- import ----------------------------------------------------------------------------------------------------------
+
+
+def test_import_writes_a_file_that_passes_the_check_and_says_what_is_missing(rlaif, tmp_path):
+    Path("theirs.json").write_text(json.dumps([{"name": "Kind", "critique_request": "C.", "revision_request": "R."}]))
+    code, out, err = rlaif("import", "theirs.json")
+    assert (code, err) == (0, "")
+    assert out.splitlines()[0] == "theirs.json (pairs): 1 principle, 0 examples -> theirs.yaml"
+    assert out.splitlines()[1].startswith("  not carried over: `text` and `comparison`: the source has none")
+    assert out.splitlines()[2] == "Now read it, and give: rlaif constitution check theirs.yaml"
+    assert Path("theirs.yaml").read_text().startswith("# yaml-language-server: $schema=./constitution.schema.json\n")
+    assert rlaif("check", "theirs.yaml")[0] == 0
+
+
+def test_import_overwrites_nothing(rlaif, tmp_path):
+    Path("rules.txt").write_text("1. Be kind.\n")
+    Path("rules.yaml").write_text("mine")
+    code, _, err = rlaif("import", "rules.txt")
+    assert code == 2
+    assert "rules.yaml: is there already, and may have been edited. Name another file with --output." in err
+    assert Path("rules.yaml").read_text() == "mine"
+    assert rlaif("import", "rules.txt", "--output", "other.yaml")[0] == 0
+    assert rlaif("import", "nowhere.txt")[2].startswith("rlaif: nowhere.txt: no such file.")
