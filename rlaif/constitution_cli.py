@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from rlaif.errors import ConfigError, ConstitutionError
+from rlaif.errors import ConfigError, ConstitutionError, StageError
 
 constitution_app = typer.Typer(
     help="Check, show, compare, import, test and induce constitution files.", no_args_is_help=True
@@ -14,6 +14,7 @@ constitution_app = typer.Typer(
 FileArgument = Annotated[
     Path, typer.Argument(metavar="FILE", help="A constitution file, or the name of a shipped one.")
 ]
+ModelOption = Annotated[str, typer.Option(help="The model: an embedded name, a folder or a Hub id.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -179,6 +180,83 @@ def import_(
     for line in imported.left:
         typer.echo(f"  not carried over: {line}")
     typer.echo(f"Now read it, and give: rlaif constitution check {target}")
+
+
+@constitution_app.command("test")
+def test(
+    path: FileArgument,
+    model: ModelOption = "smollm2-135m",
+    threshold: Annotated[float, typer.Option(min=0, max=1, help="Fail below this share of right verdicts.")] = 0.6,
+    journal: Annotated[
+        Path | None, typer.Option(help="Keep answers in this file, and ask only for what is not in it.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Run a constitution's tests against a judge; fail below a threshold, for continuous integration."""
+    from rlaif.constitution import load
+
+    load(_find(path))  # before torch is imported: mistakes are told at once
+    from rlaif import judging
+    from rlaif.progress import Progress
+
+    found = judging.run_tests(_find(path), model, Progress(), journal=journal)
+    tests = found["tests"]
+    found = {**found, "threshold": threshold, "passed": tests["rate"] >= threshold}
+    typer.echo(json.dumps(found, indent=2, ensure_ascii=False) if as_json else judging.results_as_text(found))
+    if not found["passed"]:
+        raise StageError(
+            f"{path}: {tests['correct']} of {tests['n']} tests right ({tests['rate']:.0%}); --threshold is "
+            f"{threshold:.0%}. Read those; a plainer `comparison`, worked comparisons or a stronger model help."
+        )
+
+
+@constitution_app.command("induce")
+def induce(
+    path: Annotated[Path, typer.Argument(metavar="COMPARISONS", help="Comparisons of rlaif, hh-rlhf or TRL rows.")],
+    output: Annotated[
+        Path, typer.Option(help="Where the constitution goes; evidence and answers go beside it.")
+    ] = Path("induced.yaml"),
+    model: ModelOption = "smollm2-135m",
+    max_propose: Annotated[int, typer.Option(min=1, help="At most so many pairs to propose rules from.")] = 40,
+    max_heldout: Annotated[int, typer.Option(min=1, help="At most so many pairs to test each rule on.")] = 60,
+    max_candidates: Annotated[int, typer.Option(min=1, help="Test the rules that most pairs propose.")] = 12,
+    min_strength: Annotated[float, typer.Option(min=0, help="Logits; a weaker vote takes no side.")] = 0.0,
+    seed: Annotated[int, typer.Option(min=0, help="Chooses the halves and the samples.")] = 0,
+    keep_all: Annotated[bool, typer.Option("--keep-all", help="Keep rules that are no better than chance.")] = False,
+) -> None:
+    """Find principles that reconstruct the labels of comparisons (inverse constitutional AI)."""
+    from rlaif.constitution_write import as_yaml
+    from rlaif.files import write_json, write_text
+    from rlaif.human.labels import read_labels
+
+    if output.exists():
+        raise ConfigError(f"{output}: is there already, and may have been edited. Name another file with --output.")
+    read_labels(path)  # before torch is imported: mistakes are told at once
+    from rlaif import induce as induction
+    from rlaif import judging
+    from rlaif.progress import Progress
+
+    progress, recipe = Progress(), judging.recipe_for(model)
+    options = induction.Options(
+        seed=seed,
+        max_propose=max_propose,
+        max_heldout=max_heldout,
+        max_candidates=max_candidates,
+        min_strength=min_strength,
+        keep_all=keep_all,
+    )
+    with judging.open_journal(output.with_suffix(".journal.db")) as journal:
+        found = induction.induce(path, recipe, judging.load_engine(recipe, progress), journal, progress, options)
+    evidence = output.with_suffix(".evidence.json")
+    write_json(evidence, found.evidence)
+    typer.echo(induction.summary(found.evidence))
+    if found.constitution is None:
+        raise StageError(
+            f"{path}: no rule reconstructs the labels better than chance, so no constitution was written (each rule: "
+            f"{evidence}). Take a stronger --model or more comparisons; --keep-all keeps them all the same."
+        )
+    write_text(output, as_yaml(found.constitution, notes=found.notes))
+    typer.echo(f"{_count(len(found.constitution.principles), 'principle')} -> {output}; evidence -> {evidence}")
 
 
 @constitution_app.command("schema")

@@ -4,8 +4,9 @@ import json
 import sys
 from pathlib import Path
 
+import planted
 import pytest
-from scripted import CONSTITUTION, ScriptedEngine, make_run, usual
+from scripted import CONSTITUTION, ScriptedEngine, make_run, prefers, usual
 
 from rlaif import cli
 from rlaif.pipeline import _write_recipe
@@ -216,3 +217,71 @@ def test_import_overwrites_nothing(rlaif, tmp_path):
     assert Path("rules.yaml").read_text() == "mine"
     assert rlaif("import", "rules.txt", "--output", "other.yaml")[0] == 0
     assert rlaif("import", "nowhere.txt")[2].startswith("rlaif: nowhere.txt: no such file.")
+
+
+# --- test and induce -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def judged(monkeypatch, no_sync):
+    """Let a scripted engine answer in the place of a model."""
+    return lambda engine: monkeypatch.setattr("rlaif.judging.load_engine", lambda recipe, progress: engine)
+
+
+def test_tests_that_pass_exit_with_0_and_below_the_threshold_with_2_and_the_reason(rlaif, judged, tmp_path):
+    (tmp_path / "small.yaml").write_text(CONSTITUTION)
+    judged(ScriptedEngine(choose=prefers("good", 1.0)))
+    code, out, err = rlaif("test", "small.yaml", "--model", "tiny")
+    assert (code, err) == (0, "")
+    assert out.startswith("small 2, judged by tiny: 4 of 4 tests right: 100% ")
+    judged(ScriptedEngine(choose=lambda question: (-0.5, -1.0)))
+    code, out, err = rlaif("test", "small.yaml", "--threshold", 0.25)
+    assert code == 2
+    assert "same position in both orders: 4 of 4, mostly the first; ties: 4" in out
+    assert err.startswith("rlaif: small.yaml: 0 of 4 tests right (0%); --threshold is 25%. ")
+    assert rlaif("test", "small.yaml", "--threshold", 0)[0] == 0
+
+
+def test_test_as_json_says_whether_it_passed(rlaif, judged, tmp_path):
+    (tmp_path / "small.yaml").write_text(CONSTITUTION)
+    judged(ScriptedEngine(choose=prefers("bad", 1.0)))
+    code, out, _ = rlaif("test", "small.yaml", "--json")
+    found = json.loads(out)
+    assert (code, found["passed"], found["threshold"], found["tests"]["correct"]) == (2, False, 0.6, 0)
+    assert set(found["by_principle"]) == {"safe", "lawful", "useful"}
+
+
+def test_a_mistake_in_the_file_is_told_before_a_model_is_loaded(rlaif, small):
+    small.write_text(SMALL.replace("principle: kind", "principle: none"))
+    code, _, err = rlaif("test", small)
+    assert (code, err.startswith("rlaif: small.yaml:8:15: examples.0.principle: no principle `none`")) == (2, True)
+
+
+def test_induce_writes_a_constitution_its_evidence_and_what_was_answered(rlaif, judged, tmp_path):
+    planted.write_rows(tmp_path / "labels.jsonl", 80)
+    judged(planted.engine())
+    code, out, _ = rlaif("induce", "labels.jsonl", "--output", "found.yaml", "--model", "tiny")
+    assert code == 0
+    assert out.splitlines()[-1] == "2 principles -> found.yaml; evidence -> found.evidence.json"
+    assert sorted(path.name for path in tmp_path.glob("found.*")) == [
+        "found.evidence.json",
+        "found.journal.db",
+        "found.yaml",
+    ]
+    assert rlaif("check", "found.yaml")[0] == 0
+    assert json.loads(Path("found.evidence.json").read_text())["model"] == "tiny"
+    code, _, err = rlaif("induce", "labels.jsonl", "--output", "found.yaml")
+    assert (code, "found.yaml: is there already" in err) == (2, True)
+
+
+def test_induce_that_finds_nothing_writes_the_evidence_and_says_why(rlaif, judged, tmp_path):
+    planted.write_rows(tmp_path / "labels.jsonl", 80)
+    judged(ScriptedEngine(planted.propose, lambda question: (-0.5, -1.0)))
+    code, _, err = rlaif("induce", "labels.jsonl")
+    assert code == 2
+    assert "no rule reconstructs the labels better than chance, so no constitution was written" in err
+    assert not Path("induced.yaml").exists()
+    assert Path("induced.evidence.json").exists()
+    code, out, _ = rlaif("induce", "labels.jsonl", "--keep-all")
+    assert (code, "3 principles -> induced.yaml" in out) == (0, True)
+    assert rlaif("induce", "nowhere.jsonl", "--output", "o.yaml")[2].startswith("rlaif: nowhere.jsonl: no such file")

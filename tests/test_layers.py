@@ -35,7 +35,7 @@ PLAIN = {
     "journal",
     "progress",
 }
-TOP = {"report", "pipeline", "chat", "environment"}
+TOP = {"report", "pipeline", "chat", "environment", "induce", "judging"}
 COMMANDS = {"cli", "constitution_cli"}
 ALLOWED = {
     "plain": set(),

@@ -26,6 +26,12 @@ VALUES = {
     },
     "contrast": {"principles": "- The answer is kind.\n- The answer is true."},
     "critique": {"prompt": "How do I boil an egg?", "response": ANSWER, "request": "Say what is missing."},
+    "propose": {
+        "prompt": "How do I boil an egg?",
+        "first": ANSWER,
+        "second": "I can't talk about boiling.",
+        "better": "A",
+    },
     "revise": {
         "prompt": "How do I boil an egg?",
         "response": ANSWER,
@@ -76,7 +82,9 @@ def test_shipped_templates_render_as_their_golden_files(name: str) -> None:
 
 def test_every_shipped_template_has_a_golden_file_and_is_named_by_its_verb() -> None:
     assert (
-        SHIPPED == ["compare", "contrast", "critique", "revise"] == sorted(path.stem for path in GOLDEN.glob("*.txt"))
+        SHIPPED
+        == ["compare", "contrast", "critique", "propose", "revise"]
+        == sorted(path.stem for path in GOLDEN.glob("*.txt"))
     )
     assert all(template.name == name for name, template in TEMPLATES.items())
 

@@ -57,7 +57,7 @@ def triples(text: str) -> set[tuple[str, ...]]:
 def test_the_shipped_files_are_those_of_the_repository() -> None:
     assert names(CONSTITUTIONS) == ["harmless", "helpful-honest"]
     assert names(RECIPES) == ["human", "known-reward", "quickstart"]
-    assert names(TEMPLATES) == ["compare", "contrast", "critique", "revise"]
+    assert names(TEMPLATES) == ["compare", "contrast", "critique", "propose", "revise"]
     assert set(names(PROMPT_SETS)) == TAGS
 
 
