@@ -206,7 +206,7 @@ def test(
     if not found["passed"]:
         raise StageError(
             f"{path}: {tests['correct']} of {tests['n']} tests right ({tests['rate']:.0%}); --threshold is "
-            f"{threshold:.0%}. Read those; a plainer `comparison`, worked comparisons or a stronger model help."
+            f"{threshold:.0%}. Try plainer `comparison` wordings, worked comparisons or a stronger --model."
         )
 
 

@@ -3,7 +3,7 @@
 Comparisons are split by a hash of their prompt. For each pair of one half a model proposes rules that could explain
 which answer was preferred; rules that say nearly the same are one candidate. A judge then votes on the pairs of the
 other half under each candidate, in both orders. A candidate is kept if its votes agree with the labels more often than
-chance would.
+chance would: its Wilson interval, widened for the number of candidates, lies above one half.
 
 Departures: rules are grouped by the words they share and not by embeddings; a vote is a log-probability and no text;
 the judge without any principle is measured beside the candidates, since a judge may agree with the labels anyway.
@@ -35,7 +35,10 @@ STAGE = "induce"
 ALIKE = 0.5  # share of telling words in common that makes two rules one candidate
 LENGTHS = range(3, 41)  # words of a rule
 _MARK = re.compile(r"""^\s*(?:[-*+•]|\(?\d+[.):]|Rule\s*\d*\s*:)?\s*["'“]?(.*?)["'”]?\s*$""", re.IGNORECASE)
-_ABOUT_THE_PAIR = re.compile(r"\b(?:answers?|options?|responses?)\s+[AB]\b|\bneither\b|\bboth answers\b", re.IGNORECASE)
+_ABOUT_THE_PAIR = re.compile(  # or about the task
+    r"\b(?:answers?|options?|responses?|sentences?)\s+[AB]\b|\bneither\b|\bboth answers\b|\brules?\b|[\"“]the answer",
+    re.IGNORECASE,
+)
 _COMMON = frozenset(
     re.findall(
         r"\w+",
@@ -76,6 +79,7 @@ class Candidate:
     votes: list[float] = field(default_factory=list)  # strength of each vote, above 0 for the label
     same_position: int = 0
     tie: float = 0.0
+    confidence: float = agreement.CONFIDENCE
 
     @property
     def evidence(self) -> dict[str, Any]:
@@ -85,7 +89,7 @@ class Candidate:
         return {
             "heldout": len(self.votes),
             "coverage": len(said) / len(self.votes),
-            "accuracy": agreement.wilson(right, len(said))._asdict() if said else None,
+            "accuracy": agreement.wilson(right, len(said), self.confidence)._asdict() if said else None,
             "same_position": self.same_position,
         }
 
@@ -133,6 +137,8 @@ def induce(
             f"{path}: no rule was proposed from {len(halves.propose)} pairs; {unusable} lines were no rules. Take a "
             "stronger --model, or more pairs."
         )
+    for candidate in candidates:  # Bonferroni: with 95 % each, one of twenty would pass by luck
+        candidate.confidence = 1 - (1 - agreement.CONFIDENCE) / len(candidates)
     baseline = Candidate("Which of the two answers is better?")
     setting = Setting(recipe, _constitution(path, recipe, halves, [baseline, *candidates]), journal, progress)
     for number, candidate in enumerate([baseline, *candidates]):
@@ -152,6 +158,7 @@ def induce(
         "heldout": len(halves.heldout),
         "ties": halves.ties,
         "lines_that_were_no_rules": unusable,
+        "confidence": candidates[0].confidence,
         "proposals": len(proposals),
         "judge_without_a_principle": baseline.evidence,
         "candidates": [
@@ -304,8 +311,8 @@ def describe(one: Candidate) -> str:
         return f"No vote has a side on {evidence['heldout']} held-out pairs; proposed from {rows} pairs."
     accuracy = evidence["accuracy"]
     return (
-        f"Agrees with {accuracy['count']:.0f} of {accuracy['n']} labels ({accuracy['rate']:.0%}, 95 % interval "
-        f"{accuracy['low']:.0%} to {accuracy['high']:.0%}), takes a side on {evidence['coverage']:.0%}; "
+        f"Agrees with {accuracy['count']:.0f} of {accuracy['n']} labels ({accuracy['rate']:.0%}, {one.confidence:.1%} "
+        f"interval {accuracy['low']:.0%} to {accuracy['high']:.0%}), takes a side on {evidence['coverage']:.0%}; "
         f"proposed from {rows} pairs."
     )
 
@@ -314,7 +321,8 @@ def summary(evidence: dict[str, Any]) -> str:
     """Write the evidence for people: the judge alone, then each candidate, the best first."""
     lines = [
         f"{evidence['proposals']} rules from {evidence['propose']} pairs; {len(evidence['candidates'])} candidates, "
-        f"each tested on {evidence['heldout']} other pairs",
+        f"each tested on {evidence['heldout']} other pairs "
+        f"({evidence['confidence']:.1%} intervals, 95% over all of them)",
         f"  {_share(evidence['judge_without_a_principle'])}  the judge without a principle",
     ]
     for one in evidence["candidates"]:

@@ -164,6 +164,14 @@ def test_a_new_principle_takes_its_draws(made):
     assert counted["chains"]["reasons"] == {"another principle is drawn": len(chains)}
 
 
+def test_a_principle_that_names_a_category_takes_the_prompts_of_that_category(made):
+    new = "  - {id: calm, title: t, text: The answer is calm., applies_to: [theft]}\nexamples:\n"
+    thefts = [{**row, "category": "theft" if row["id"].startswith("h1") else "other"} for row in MANY]
+    counted, chains, _ = made("revision", "examples:\n", new, prompts=thefts)
+    assert chains == {f"h1{n}" for n in range(6)}
+    assert counted["chains"]["reasons"] == {"another principle is drawn": 6}
+
+
 def test_a_changed_worked_example_does_every_revised_chain_again(made):
     counted, chains, asked = made("revision", "critique: C1", "critique: CC")
     assert len(chains) == 18

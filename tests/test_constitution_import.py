@@ -70,6 +70,13 @@ def test_chats_that_do_not_fit_are_reported_with_their_line_and_the_reason(tmp_p
     ]
 
 
+def test_a_chat_goes_to_the_principle_with_both_of_its_requests(tmp_path):
+    twin = {"critic": PAIR["critic"], "revision": "Make a joke of it."}
+    found = imported(tmp_path, {"constitutions": [PAIR, twin], "system_chat": [chat(twin)]})
+    assert [e.principle for e in found.constitution.examples] == ["hurt-2"]
+    assert len(found.left) == 1
+
+
 @pytest.mark.parametrize(
     ("critique", "revision"),
     [

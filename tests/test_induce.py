@@ -17,6 +17,20 @@ from rlaif.journal import Journal
 from rlaif.judging import recipe_for
 
 
+@pytest.fixture(scope="module")
+def usual_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Induced, ScriptedEngine]:
+    """Return what comes of planted rows with the usual options, and the engine that answered."""
+    folder, engine = tmp_path_factory.mktemp("usual"), planted.engine()
+    path = planted.write_rows(folder / "labels.jsonl")
+    with Journal(folder / "journal.db") as journal:
+        return induce(path, recipe_for("tiny"), engine, journal, Said(), Options()), engine
+
+
+@pytest.fixture
+def usual(usual_run: tuple[Induced, ScriptedEngine]) -> Induced:
+    return usual_run[0]
+
+
 @pytest.fixture
 def found(tmp_path: Path, no_sync: None):
     """Induce from planted rows: ``found(engine=..., count=..., **options)``."""
@@ -29,8 +43,8 @@ def found(tmp_path: Path, no_sync: None):
     return run
 
 
-def test_planted_principles_are_found_and_noise_is_dropped(found):
-    induced = found()
+def test_planted_principles_are_found_and_noise_is_dropped(usual):
+    induced = usual
     assert induced.constitution is not None
     planted_rules = {rule_of(line) for line in (*planted.POLITE, *planted.SOURCED)}
     assert {p.text for p in induced.constitution.principles} <= planted_rules
@@ -43,8 +57,8 @@ def test_planted_principles_are_found_and_noise_is_dropped(found):
     assert noise["dropped"] == "no better than chance"
 
 
-def test_accuracy_counts_votes_with_a_side_and_coverage_how_many_there_are(found):
-    induced = found()
+def test_accuracy_counts_votes_with_a_side_and_coverage_how_many_there_are(usual):
+    induced = usual
     by_text = {one["text"]: one for one in induced.evidence["candidates"]}
     polite = next(one for text, one in by_text.items() if "polite" in text)
     source = next(one for text, one in by_text.items() if "source" in text)
@@ -89,13 +103,21 @@ def test_keep_all_keeps_everything_with_its_evidence(found):
     assert "mentions a colour" in induced.constitution.principles[-1].text, "ranked by the lower end of the interval"
 
 
+def test_intervals_widen_with_the_number_of_candidates():
+    votes = [1.0] * 13 + [-1.0] * 3
+    alone, one_of_five = Candidate("T", votes=votes), Candidate("T", votes=votes, confidence=0.99)
+    assert (alone.dropped, one_of_five.dropped) == (None, "no better than chance")
+    assert alone.evidence["accuracy"]["low"] == pytest.approx(0.5699, abs=1e-4)
+    assert one_of_five.evidence["accuracy"]["low"] == pytest.approx(0.4909, abs=1e-3)
+
+
 def test_a_weak_vote_takes_no_side(found):
     induced = found(min_strength=2.0)
     assert {one["dropped"] for one in induced.evidence["candidates"]} == {"no vote has a side"}
 
 
-def test_the_written_file_reads_back_and_names_the_evidence(found, tmp_path):
-    induced = found()
+def test_the_written_file_reads_back_and_names_the_evidence(usual, tmp_path):
+    induced = usual
     assert induced.constitution is not None
     (tmp_path / "induced.yaml").write_text(as_yaml(induced.constitution, notes=induced.notes))
     assert load(tmp_path / "induced.yaml") == induced.constitution
@@ -105,9 +127,8 @@ def test_the_written_file_reads_back_and_names_the_evidence(found, tmp_path):
     json.dumps(induced.evidence, allow_nan=False)
 
 
-def test_no_prompt_is_in_both_halves_and_the_labels_of_one_are_never_shown(found, tmp_path):
-    engine = planted.engine()
-    found(engine)
+def test_no_prompt_is_in_both_halves_and_the_labels_of_one_are_never_shown(usual_run):
+    engine = usual_run[1]
     texts = {"propose": set(), "votes": set()}
     for question in engine.asked:
         kind = "propose" if question.item_id.endswith("/propose") else "votes"
@@ -116,9 +137,8 @@ def test_no_prompt_is_in_both_halves_and_the_labels_of_one_are_never_shown(found
     assert not texts["propose"] & texts["votes"]
 
 
-def test_each_rule_is_voted_on_in_both_orders_and_the_better_answer_is_shown_first_about_half_of_the_time(found):
-    engine = planted.engine()
-    found(engine)
+def test_each_rule_is_voted_on_in_both_orders_and_the_better_answer_is_shown_first_about_half_of_the_time(usual_run):
+    engine = usual_run[1]
     votes = [question.item_id for question in engine.asked if not question.item_id.endswith("/propose")]
     assert len(votes) == 4 * 60 * 2  # three candidates and the judge without a principle
     assert sum(name.endswith("/swapped") for name in votes) == len(votes) / 2
@@ -175,6 +195,8 @@ def test_a_model_that_proposes_no_rules_is_told(found):
         ("Sure, here are three rules:", None),
         ("Is the answer short?", None),
         ("Too short", None),
+        ('The rule is that "the answer" is short.', None),
+        ("Sentence B is better than the other.", None),
         ("word " * 41, None),
     ],
 )
@@ -208,13 +230,13 @@ def test_groups_do_not_depend_on_the_order_of_the_proposals():
 def test_evidence_is_told_in_a_line():
     one = Candidate("T", [("a", "T"), ("a", "T"), ("b", "T")], votes=[1.0, 2.0, 0.5, -1.0, 0.0], same_position=1)
     assert describe(one) == (
-        "Agrees with 3 of 4 labels (75%, 95 % interval 30% to 95%), takes a side on 80%; proposed from 2 pairs."
+        "Agrees with 3 of 4 labels (75%, 95.0% interval 30% to 95%), takes a side on 80%; proposed from 2 pairs."
     )
     assert describe(Candidate("T", [], votes=[0.0])) == "No vote has a side on 1 held-out pairs; proposed from 0 pairs."
 
 
-def test_the_summary_has_a_line_for_the_judge_alone_and_for_each_candidate(found):
-    lines = summary(found().evidence).splitlines()
-    assert lines[0].endswith("3 candidates, each tested on 60 other pairs")
+def test_the_summary_has_a_line_for_the_judge_alone_and_for_each_candidate(usual):
+    lines = summary(usual.evidence).splitlines()
+    assert lines[0].endswith("3 candidates, each tested on 60 other pairs (98.3% intervals, 95% over all of them)")
     assert lines[1].split() == ["no", "side", "the", "judge", "without", "a", "principle"]
     assert lines[-1].endswith("The answer mentions a colour of the rainbow. (no better than chance)")
