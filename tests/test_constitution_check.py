@@ -131,6 +131,14 @@ def test_principles_with_the_same_built_frame_around_other_words_are_not_alike(w
     assert found(path) == []
 
 
+def test_a_phrase_that_most_principles_begin_with_makes_no_two_alike(write):
+    phrase = "Look at the last answer with great care and then say in plain words whether it is"
+    own = ["kind", "honest", "short", "safe", "calm", "clear"]
+    path = write("principles:\n" + "".join(f"  - {{id: {word}, title: t, text: {phrase} {word}.}}\n" for word in own))
+    assert similarity(f"{phrase} kind.", f"{phrase} honest.") > 0.8
+    assert found(path) == []
+
+
 def test_an_override_of_a_parents_principle_is_no_duplicate(write):
     write("principles:\n" + KIND, "base.yaml")
     assert found(write("extends: base.yaml\nprinciples:\n" + KIND)) == []
