@@ -76,10 +76,7 @@ def file_sha256(path: Path) -> str:
 
 
 class Problem(NamedTuple):
-    """One thing that is wrong with a file; as a text ``file:line:column: message``.
-
-    `code` names the kind, for programs; `message` says what was found, what was expected and what to do.
-    """
+    """One thing that is wrong with a file, as text ``file:line:column: message``; `code` names its kind to programs."""
 
     file: str
     line: int | None
@@ -254,11 +251,14 @@ def real_keys(data: Any, item: Any) -> tuple[Key, ...]:
 def _field_names(model: type[BaseModel], keys: Sequence[Key]) -> list[str]:
     """Return the keys that the (nested) model at a key path knows; none where there is no such model."""
     current = model
+    named = False  # whether the next key is a name that the user chose, as those of `engines`
     for key in keys:
-        if isinstance(key, int):
+        if named or isinstance(key, int):
+            named = False
             continue
         fields = {field.alias or name: field for name, field in current.model_fields.items()}
         nested = _nested_model(fields[key].annotation) if key in fields else None
+        named = key in fields and typing.get_origin(fields[key].annotation) is dict
         if nested is None:
             return []
         current = nested

@@ -8,6 +8,7 @@
     ├── PromptError           a prompt template
     ├── DataError             a file of prompts, demonstrations or comparisons
     ├── ModelError            a model, its tokenizer or an adapter folder
+    ├── EngineError           a server that was to answer: not there, or refusing every question
     ├── RoleError             a model role used outside `SharedBase.acting_as`, or unknown
     ├── JournalError          a run folder: locked, damaged, or written by another version
     ├── StageError            a stage that must not go on: a judge or a reward model below its floor
@@ -45,6 +46,10 @@ class DataError(RlaifError):
 
 class ModelError(RlaifError):
     """A model, a tokenizer or an adapter folder cannot be used."""
+
+
+class EngineError(RlaifError):
+    """A server that was to answer cannot be reached, refuses every question, or lacks what is needed."""
 
 
 class RoleError(RlaifError):

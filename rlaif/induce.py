@@ -207,7 +207,7 @@ def propose(
     found, unusable = [], 0
     answers_ = ask(journal, STAGE, engine, questions, progress, "rules")
     for row, answer in zip(rows, answers_, strict=True):
-        lines = [line for line in answer.text.split("\n") if line.strip()]
+        lines = [line for line in answer.text.split("\n") if line.strip()]  # none where there is only an error
         if not answer.ended and len(lines) > 1:
             lines = lines[:-1]  # cut by the limit
         for line in lines:
@@ -273,7 +273,7 @@ def _pairs(rows: Sequence[Comparison], principle: Principle) -> list[Pair]:
 
 
 def _count(candidate: Candidate, verdicts: Sequence[Verdict], tie: float) -> None:
-    candidate.votes = [verdict.strength for verdict in verdicts]
+    candidate.votes = [verdict.strength for verdict in verdicts]  # 0, which takes no side, where there is only an error
     candidate.same_position = sum(verdict.same_position for verdict in verdicts)
     candidate.tie = tie
 

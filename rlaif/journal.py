@@ -172,6 +172,11 @@ class Journal:
                     self._connection.execute("ROLLBACK")
                 raise
 
+    def forget_refused(self, stage: str) -> None:
+        """Remove a stage's units of the status ``bad_request``, so that they are asked again; in one transaction."""
+        with self._reported():
+            self._connection.execute("DELETE FROM unit WHERE stage=? AND status='bad_request'", (stage,))
+
     def _open(self) -> None:
         """Create the table in an empty file; of any other, check all before anything may be written."""
         ask = self._connection.execute

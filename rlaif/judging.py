@@ -31,6 +31,10 @@ class Setting:
     journal: Journal
     progress: Progress
 
+    def model_of(self, name: str) -> str:
+        """Return the name of the model; there is no engine but the base."""
+        return self.recipe.model.model_name_or_path
+
 
 def recipe_for(model: str) -> Recipe:
     """Return a recipe that says nothing but which model answers."""
@@ -104,9 +108,10 @@ def results_as_text(found: dict[str, Any]) -> str:
         f"{found['constitution']}, judged by {found['model']}: {tests['correct']} of {tests['n']} tests right: "
         f"{_percent(tests)}",
         f"  same position in both orders: {same['count']:.0f} of {same['n']}{most}; ties: {found['ties']}",
-        f"  probability on the letters A and B: {mass['mean']:.2f} on average, {mass['min']:.2f} at least",
-        "  by principle:",
     ]
+    if mass is not None:  # None where letters were read in written texts
+        lines.append(f"  probability on the letters A and B: {mass['mean']:.2f} on average, {mass['min']:.2f} at least")
+    lines.append("  by principle:")
     width = max(map(len, found["by_principle"]))
     for name, rate in found["by_principle"].items():
         lines.append(f"    {name:{width}}  {rate['count']:.0f} of {rate['n']}: {_percent(rate)}")

@@ -73,6 +73,8 @@ def run_recipe(
             _write_recipe(run)
             if first:
                 stages = [stage for stage in stages if order.index(stage) >= order.index(first)]
+            run.check_keys(stages)
+            if first:
                 _forget(run, stages)
             for stage in stages:
                 run_stage(run, stage)
@@ -80,8 +82,12 @@ def run_recipe(
 
 
 def _forget(run: Run, stages: list[str]) -> None:
-    """Let stages run anew. All are marked before the first one starts, so continuing needs no ``--from``."""
+    """Let stages run anew. All are marked before the first one starts, so continuing needs no ``--from``.
+
+    Their answers stay, but what a server has refused is asked again: it may have been started with other limits.
+    """
     for stage in stages:
+        run.journal.forget_refused(stage)
         for name in (STARTED, "manifest.json"):
             (run.stage_folder(stage) / name).unlink(missing_ok=True)
 

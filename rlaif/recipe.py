@@ -4,21 +4,23 @@ A recipe has general keys, then one section per stage, named as the stage. Model
 `transformers`, `peft` and `trl` users know. Unknown keys are errors that name the nearest key.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import difflib
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
 
-from rlaif.documents import Document, Key, Problem, Severity, find, load_yaml, validate
+from rlaif.documents import Document, find, load_yaml, validate
+from rlaif.endpoints import BASE, Endpoint
 from rlaif.errors import ConfigError
 from rlaif.filters import REASONS
+from rlaif.overrides import Overridden, override
 
 Stage = Literal["revise", "sft", "label", "reward", "ppo", "evaluate"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
+# The keys of a section that name who answers: the base, or a name in `engines`.
+ENGINE_KEYS = {"revise": ("responder", "critic", "reviser"), "label": ("judge",), "evaluate": ("judge",)}
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -97,6 +99,9 @@ class ReviseSection(Section):
     few_shot: int = Field(3, ge=0, description="worked examples of the constitution shown before each request")
     must_refuse_tags: list[str] = Field([], description="tags whose revision must decline, else it is set aside")
     filters: list[str] = Field(list(REASONS), description="what sets a text aside; see rlaif/filters.py")
+    responder: str = Field(BASE, description="who writes responses: `base`, or a name in `engines`")
+    critic: str = Field(BASE, description="who writes critiques")
+    reviser: str = Field(BASE, description="who writes revisions")
     batch_size: Positive = 16
 
     @field_validator("filters")
@@ -125,6 +130,7 @@ class LabelSection(Section):
     """Where comparisons come from when `feedback` is `ai`."""
 
     method: Literal["judge", "revision", "contrast"] = "judge"
+    judge: str = Field(BASE, description="who judges: `base`, or a name in `engines`")
     sampling: WarmSamplingSection = WarmSamplingSection()
     prompts_per_tag: dict[str, Positive] = {}
     few_shot: int = Field(2, ge=0, description="worked comparisons of the constitution shown to the judge")
@@ -204,6 +210,7 @@ class EvaluateSection(Section):
 
     sampling: SamplingSection = SamplingSection()
     prompts_per_tag: dict[str, Positive] = {}
+    judge: str = Field(BASE, description="who judges: `base`, or a name in `engines`")
     judge_prompts_per_tag: int = Field(8, ge=0, description="prompts of each tag that the judge compares; 0: no judge")
     batch_size: Positive = 16
 
@@ -219,6 +226,7 @@ class Recipe(Section):
     prompts: list[str] = Field(["harmful", "ordinary", "lookalike"], min_length=1)
     feedback: Literal["ai", "human", "mixed"] = "ai"
     stages: list[Stage] = Field(list(STAGES), min_length=1)
+    engines: dict[str, Endpoint] = Field({}, description="servers that may answer, by name")
     revise: ReviseSection = ReviseSection()
     sft: SftSection = SftSection()
     label: LabelSection = LabelSection()
@@ -231,6 +239,14 @@ class Recipe(Section):
     @classmethod
     def _name_is_enough(cls, value: Any) -> Any:
         return {"model_name_or_path": value} if isinstance(value, str) else value
+
+    @field_validator("engines")
+    @classmethod
+    def _named(cls, engines: dict[str, Endpoint]) -> dict[str, Endpoint]:
+        for name in engines:
+            if name == BASE or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
+                raise ValueError(f"`{name}`: letters, digits, `_` and `-` are expected, and not the name `{BASE}`")
+        return engines
 
     @field_validator("stages")
     @classmethod
@@ -255,6 +271,11 @@ class Recipe(Section):
         if "label" in self.stages and by_revision and "revise" not in self.stages:
             raise ValueError("label.method `revision` needs the stage `revise` before it")
         return self
+
+    def engines_of(self, stage: str) -> dict[str, str]:
+        """Return the keys of a stage's section that name who answers, with the names."""
+        section = getattr(self, stage)
+        return {key: getattr(section, key) for key in ENGINE_KEYS.get(stage, ())}
 
     def folder(self) -> Path:
         """Return the run folder."""
@@ -282,10 +303,11 @@ def load_recipe(path: Path, overrides: list[str] = []) -> Loaded:  # noqa: B006
         ConfigError: one line for every problem, with file, line and column.
     """
     path = find("recipes", str(path))
-    document = _Overridden(**vars(load_yaml(path, ConfigError)))
-    for override in overrides:
-        _override(document, override)
+    document = Overridden(**vars(load_yaml(path, ConfigError)))
+    for option in overrides:
+        override(document, option)
     recipe = validate(document, Recipe, ConfigError)
+    _refuse_unknown_engines(document, recipe)
     here = path.parent
     return Loaded(
         recipe=recipe,
@@ -296,36 +318,16 @@ def load_recipe(path: Path, overrides: list[str] = []) -> Loaded:  # noqa: B006
     )
 
 
-@dataclass
-class _Overridden(Document):
-    """A recipe with values from the command line, whose place in an error is the option itself."""
-
-    options: dict[tuple[Key, ...], str] = field(default_factory=dict)
-
-    def problem(self, keys: Sequence[Key], code: str, message: str, severity: Severity = "error") -> Problem:
-        """Return a problem that stands at a key path, or at the option that set it."""
-        set_by = [option for path, option in self.options.items() if tuple(keys[: len(path)]) == path]
-        if set_by:
-            return Problem(f"--set {set_by[-1]}", None, None, code, message, severity)
-        return super().problem(keys, code, message, severity)
-
-
-def _override(document: _Overridden, override: str) -> None:
-    """Set one key of a document, creating sections on the way."""
-    dotted, sign, text = override.partition("=")
-    keys = dotted.strip().split(".")
-    if not sign or not all(keys):
-        raise ConfigError(f"--set {override}: `section.key=value` is expected.")
-    try:
-        value = YAML(typ="safe", pure=True).load(text)
-    except (YAMLError, ValueError, OverflowError, RecursionError):  # such as the date 2024-13-01
-        raise ConfigError(f"--set {override}: `{text}` is not a YAML value.") from None
-    target = document.data
-    for depth, key in enumerate(keys[:-1]):
-        if key == "model" and isinstance(target.get(key), str):
-            target[key] = {"model_name_or_path": target[key]}
-        target = target.setdefault(key, {})
-        if not isinstance(target, dict):
-            raise ConfigError(f"--set {override}: `{'.'.join(keys[: depth + 1])}` is a value, not a section.")
-    target[keys[-1]] = value
-    document.options[tuple(keys)] = override
+def _refuse_unknown_engines(document: Document, recipe: Recipe) -> None:
+    """Refuse names of engines that the recipe does not describe, each with its place and the nearest name."""
+    known = [BASE, *recipe.engines]
+    problems = []
+    for section in ENGINE_KEYS:
+        for key, name in recipe.engines_of(section).items():
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+                hint = f"did you mean `{near[0]}`?" if near else f"known: {', '.join(known)}."
+                message = f"{section}.{key}: no engine `{name}`; {hint}"
+                problems.append(document.problem((section, key), "unknown-engine", message))
+    if problems:
+        raise ConfigError(*problems)

@@ -91,17 +91,17 @@ def _every(numbers, arm, expected, prepare, scenario, check):
     raise AssertionError("no child came through")
 
 
-def at_every_step(prepare, scenario, check):
-    return _every(itertools.count(1), _die_at_step, signal.SIGKILL, prepare, scenario, check)
+def at_every_step(prepare, scenario, check, stride=1):
+    return _every(itertools.count(1, stride), _die_at_step, signal.SIGKILL, prepare, scenario, check)
 
 
 def at_every_byte(prepare, scenario, check, start=0, stride=1):
     return _every(itertools.count(start, stride), _die_at_byte, signal.SIGXFSZ, prepare, scenario, check)
 
 
-def in_own_process(module, name):
+def in_own_process(module, name, seconds=120):
     """Run ``python MODULE NAME``, whose `main` is below; return the number of kills."""
-    result = subprocess.run([sys.executable, module, name], capture_output=True, text=True, timeout=120)
+    result = subprocess.run([sys.executable, module, name], capture_output=True, text=True, timeout=seconds)
     assert result.returncode == 0, result.stderr
     return int(result.stdout)
 

@@ -5,13 +5,13 @@ The stages' own code runs; only the model is missing.
 
 import json
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from rlaif.engines.engine import Answer, Question
+from rlaif.engines.engine import Answer, Answered, Question
 from rlaif.journal import Journal
 from rlaif.progress import Progress
 from rlaif.recipe import load_recipe
@@ -96,11 +96,12 @@ class ScriptedEngine:
     def batches(self, questions: Sequence[Question]) -> list[list[Question]]:
         return [list(questions[start : start + self._size]) for start in range(0, len(questions), self._size)]
 
-    def answer(self, batch: Sequence[Question]) -> list[Answer]:
-        if self.crash_at is not None and len(self.calls) == self.crash_at:
-            raise KeyboardInterrupt
-        self.calls.append(list(batch))
-        return [self._one(question) for question in batch]
+    def answers(self, batches: Sequence[Sequence[Question]]) -> Iterator[Answered]:
+        for batch in batches:
+            if self.crash_at is not None and len(self.calls) == self.crash_at:
+                raise KeyboardInterrupt
+            self.calls.append(list(batch))
+            yield [(question, self._one(question)) for question in batch]
 
     def _one(self, question: Question) -> Answer:
         if question.options:
@@ -202,8 +203,8 @@ def make_run(
     def engine_of(_: Any, role: str, **settings: Any) -> ScriptedEngine | None:
         return engine[role] if isinstance(engine, dict) else engine
 
-    for stage in ("revise", "label", "evaluate"):
-        monkeypatch.setattr(f"rlaif.stages.{stage}.LocalEngine", engine_of)
+    for module in ("run", "label", "evaluate"):
+        monkeypatch.setattr(f"rlaif.stages.{module}.LocalEngine", engine_of)
     monkeypatch.setattr(Run, "load_base", lambda run: base)
     folder = tmp_path / "run"
     run = Run(load_recipe(tmp_path / "recipe.yaml"), folder, Journal(folder / "journal.db"), Said())

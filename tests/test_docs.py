@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
 import pytest
 import typer
@@ -109,7 +109,7 @@ def test_every_command_that_a_page_gives_exists_with_its_options() -> None:
 def keys_of(model: type[BaseModel], default: Any = PydanticUndefined, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield each key of a section and of those inside it, with the default that a recipe without it gets."""
     for name, field in model.model_fields.items():
-        kind = field.annotation
+        kind, inner = field.annotation, get_args(field.annotation)
         value = getattr(default, name) if isinstance(default, BaseModel) else field.get_default()
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             if value is PydanticUndefined:
@@ -117,6 +117,8 @@ def keys_of(model: type[BaseModel], default: Any = PydanticUndefined, prefix: st
             yield from keys_of(kind, value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
+            if get_origin(kind) is dict and isinstance(inner[1], type) and issubclass(inner[1], BaseModel):
+                yield from keys_of(inner[1], PydanticUndefined, f"{prefix}{name}.NAME.")
 
 
 def written(default: Any) -> str:

@@ -150,10 +150,10 @@ def test_nothing_is_asked_of_no_questions(journal: Journal) -> None:
 
 def test_an_engine_that_loses_an_answer_is_a_bug(journal: Journal) -> None:
     engine = ScriptedEngine(echo)
-    engine.answer = lambda batch: [Answer("only one")]
-    with pytest.raises(ValueError, match="zip"):
+    engine.answers = lambda batches: iter([[(batches[0][0], Answer("only one"))]])
+    with pytest.raises(AssertionError, match="p1/response"):
         asked(journal, engine)
-    assert journal.count("revise") == 0
+    assert journal.count("revise") == 1
 
 
 def test_a_log_probability_that_is_no_number_is_not_stored(journal: Journal) -> None:
@@ -233,8 +233,8 @@ def test_the_role_writes_with_the_seeds_of_its_questions(base: Any, monkeypatch:
     monkeypatch.setattr(sampling, "sample", sample)
     settings = {"max_new_tokens": 4, "temperature": 0.5, "top_p": 0.9}
     batch = [ask_of("ab", seed=7, **settings), ask_of("xyz", seed=8, **settings)]
-    answers = LocalEngine(base, "policy", batch_size=2).answer(batch)
-    assert answers == [Answer("ba", True, (), 2), Answer("zyx", False, (), 3)]
+    answers = list(LocalEngine(base, "policy", batch_size=2).answers([batch]))
+    assert answers == [list(zip(batch, [Answer("ba", True, (), 2), Answer("zyx", False, (), 3)], strict=True))]
     assert base.acted == ["policy"]
 
 
@@ -246,7 +246,7 @@ def test_the_role_chooses_by_the_log_probabilities_of_the_options(base: Any, mon
         return torch.tensor([[-0.5, -1.5], [-2.0, -0.25]])
 
     monkeypatch.setattr(sampling, "next_logprobs", next_logprobs)
-    answers = LocalEngine(base, "base", batch_size=2).answer(
-        [ask_of("ab", options=("A", "B")), ask_of("c", options=("A", "B"))]
-    )
-    assert answers == [Answer(logprobs=(-0.5, -1.5), tokens=2), Answer(logprobs=(-2.0, -0.25), tokens=1)]
+    batch = [ask_of("ab", options=("A", "B")), ask_of("c", options=("A", "B"))]
+    (((one, first), (other, second)),) = LocalEngine(base, "base", batch_size=2).answers([batch])
+    assert [one, other] == batch
+    assert [first, second] == [Answer(logprobs=(-0.5, -1.5), tokens=2), Answer(logprobs=(-2.0, -0.25), tokens=1)]

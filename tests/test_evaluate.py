@@ -218,7 +218,7 @@ def policies_run(make: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *
 def test_the_report_reads_the_results(make: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = policies_run(make, tmp_path, monkeypatch)
     counts = evaluate.evaluate(run)
-    assert counts == {"prompts": 2, "policies": 3, "responses": 6}
+    assert counts == {"prompts": 2, "policies": 3, "responses": 6, "failed": 0}
     written = json.loads((run.folder / "6-evaluate" / "results.json").read_text())
     found = Results.model_validate(written)
     assert (found.policies, found.reference, found.prompts) == (["base", "sft", "ppo"], "sft", {HARM: 1, PLAIN: 1})

@@ -52,7 +52,7 @@ KILLS = [
     ("rlaif.report.run:render", "", 1, "before"),
 ]
 INTERRUPTS = [
-    ("rlaif.engines.local:LocalEngine.answer", "", 2, "before"),
+    ("rlaif.engines.local:LocalEngine._answer", "", 2, "before"),
     ("rlaif.stages.training:Recorder.on_step_end", "", 2, "before"),
     ("rlaif.stages.judge:judge", "", 1, "before"),
     ("rlaif.stages.training:Recorder.on_step_end", "", 2, "after"),
@@ -220,7 +220,6 @@ def test_a_run_killed_at_many_moments_of_every_stage_and_continued_equals_one_th
     ]
 
 
-@pytest.mark.xfail(strict=False, reason="failed once on a loaded machine on 2026-11-23; not looked into yet")
 def test_a_run_interrupted_in_every_stage_says_how_to_continue_and_continued_equals_one_that_was_not(outcome):
     assert outcome("interrupted") == STAGES
 

@@ -20,6 +20,8 @@ PLAIN = {
     "principles",
     "requests",
     "documents",
+    "endpoints",
+    "overrides",
     "records",
     "constitution",
     "constitution_check",

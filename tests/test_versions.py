@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 import rlaif
@@ -55,6 +56,17 @@ def test_packages_that_were_refused_are_not_required() -> None:
 def test_the_setup_script_installs_a_torch_that_pyproject_allows() -> None:
     pinned = set(re.findall(r"torch==([0-9.]+)", (ROOT / "scripts" / "setup").read_text(encoding="utf-8")))
     assert pinned and all(REQUIRED["torch"].specifier.contains(one) for one in pinned)
+
+
+def test_every_requirement_but_torch_is_pinned_for_the_checkout_to_a_version_that_pyproject_allows() -> None:
+    text = (ROOT / "scripts" / "constraints.txt").read_text(encoding="utf-8")
+    lines = [Requirement(line) for line in text.splitlines() if not line.startswith("#")]
+    pins = {canonicalize_name(one.name): str(one.specifier).removeprefix("==") for one in lines}
+    assert all(Version(pin) for pin in pins.values())
+    for wanted in (*REQUIRED.values(), *EXTRA):
+        name = canonicalize_name(wanted.name)
+        if name not in ("torch", "tensorboard"):  # scripts/setup chooses the build; tracking is not for developing
+            assert wanted.specifier.contains(pins[name]), name
 
 
 def test_the_version_is_the_same_in_the_package_and_in_pyproject() -> None:

@@ -5,9 +5,9 @@ key that says what it is for, and a hash of everything that determines its answe
 the sampling settings and the seed. An answer is committed to the journal before it is used; asking again reads it.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from rlaif.documents import fingerprint
 from rlaif.journal import Journal, Unit
@@ -31,12 +31,21 @@ class Question:
 
 @dataclass(frozen=True)
 class Answer:
-    """Written text and whether it ended by itself, or the log-probabilities of the options in their order."""
+    """Written text and whether it ended by itself, or the log-probabilities of the options in their order.
+
+    An answer with an `error` holds neither: it says why there will be none, and asking again would not help. With the
+    method ``verdict`` the log-probabilities were not measured: they stand for a letter that was read in a short text.
+    """
 
     text: str = ""
     ended: bool = True
     logprobs: tuple[float, ...] = ()
     tokens: int = 0
+    error: str = ""
+    method: Literal["logprobs", "verdict"] = "logprobs"
+
+
+Answered = list[tuple[Question, Answer]]
 
 
 class Engine(Protocol):
@@ -51,8 +60,8 @@ class Engine(Protocol):
         """Split questions into the batches they are answered in, as a function of the questions alone."""
         ...
 
-    def answer(self, batch: Sequence[Question]) -> list[Answer]:
-        """Answer one batch, in its order."""
+    def answers(self, batches: Sequence[Sequence[Question]]) -> Iterator[Answered]:
+        """Answer batches; yield questions with their answers as soon as they are there, in any order."""
         ...
 
 
@@ -72,7 +81,7 @@ def ask(
     """Answer questions in their order, taking from the journal what is there and committing each batch before use.
 
     Batches are formed over all questions, answered or not, so a resumed run computes the very batches that an
-    uninterrupted one would.
+    uninterrupted one would. What an engine yields together is committed together.
     """
     known = journal.known(stage)
     keys = {id(q): (q.item_id, q.sample, request_hash(engine.identity, q)) for q in questions}
@@ -81,19 +90,25 @@ def ask(
     if found:
         progress.say(f"  {title}: {len(found)} of {len(questions)} taken from the journal")
     with progress.task(title, missing) as task:
-        for batch in engine.batches(questions) if missing else []:
-            todo = [question for question in batch if id(question) not in found]
-            if not todo:
-                continue
-            answers = engine.answer(todo)
-            units = [
-                Unit(stage, *keys[id(question)], result=_to_json(answer), tokens=answer.tokens)
-                for question, answer in zip(todo, answers, strict=True)
-            ]
-            journal.put(units)
-            found.update({id(question): answer for question, answer in zip(todo, answers, strict=True)})
-            task.advance(len(todo), tokens=sum(answer.tokens for answer in answers))
+        batches = engine.batches(questions) if missing else []
+        todo = [[question for question in batch if id(question) not in found] for batch in batches]
+        groups = engine.answers([batch for batch in todo if batch])
+        try:
+            for group in groups:
+                journal.put([_unit(stage, keys[id(question)], answer) for question, answer in group])
+                found.update({id(question): answer for question, answer in group})
+                task.advance(len(group), tokens=sum(answer.tokens for _, answer in group))
+        finally:
+            if isinstance(groups, Generator):  # ends what it has under way now, and not when it is collected
+                groups.close()
+    lost = [question.item_id for question in questions if id(question) not in found]
+    assert not lost, f"the engine gave no answer to {lost[:3]}"
     return iter([found[id(question)] for question in questions])
+
+
+def _unit(stage: str, key: tuple[str, int, str], answer: Answer) -> Unit:
+    status: Literal["ok", "bad_request"] = "bad_request" if answer.error else "ok"
+    return Unit(stage, *key, result=_to_json(answer), status=status, tokens=answer.tokens)
 
 
 def _to_json(answer: Answer) -> dict[str, Any]:

@@ -1,9 +1,9 @@
 """The shared base as an engine: one role answers, in batches of similar length."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from rlaif.engines.engine import Answer, Question
+from rlaif.engines.engine import Answer, Answered, Question
 from rlaif.errors import DataError
 from rlaif.model import sampling
 from rlaif.model.roles import SharedBase
@@ -55,7 +55,12 @@ class LocalEngine:
             )
         return length
 
-    def answer(self, batch: Sequence[Question]) -> list[Answer]:
+    def answers(self, batches: Sequence[Sequence[Question]]) -> Iterator[Answered]:
+        """Answer batches in their order; the answers of a batch come together."""
+        for batch in batches:
+            yield list(zip(batch, self._answer(batch), strict=True))
+
+    def _answer(self, batch: Sequence[Question]) -> list[Answer]:
         """Answer one batch of questions of the same kind and settings."""
         tokenizer = self._base.tokenizer
         prompts = [tokenizer.prompt(question.messages) for question in batch]

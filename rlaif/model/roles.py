@@ -7,6 +7,7 @@ and gradient checkpointing refuses to recompute anywhere but in the one it compu
 Which parameters are trainable is decided once, when a role is added, and restored after every switch.
 """
 
+import inspect
 import json
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -19,6 +20,7 @@ from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_mode
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
+from transformers import Cache
 from transformers.pytorch_utils import Conv1D
 
 from rlaif import files
@@ -80,6 +82,9 @@ class SharedBase:
         self.acting: str | None = None
         self.turn = 0  # counts calls of `acting_as`
         self._trunk = getattr(self.lm, self.lm.base_model_prefix)
+        # What transformers >= 5.24 calls `cache` was `past_key_values` before.
+        takes = inspect.signature(self._trunk.forward).parameters
+        self._cache_argument = "cache" if "cache" in takes else "past_key_values"
         self._trunk.register_forward_pre_hook(self._guard)
         if settings.gradient_checkpointing:
             self._enable_checkpointing()
@@ -253,9 +258,9 @@ class SharedBase:
 
     # --- forward passes --------------------------------------------------------------------------------------
 
-    def trunk(self, **inputs: Any) -> Any:
+    def trunk(self, *, cache: Cache | None = None, **inputs: Any) -> Any:
         """Run the acting role without the vocabulary projection; ``.last_hidden_state`` is ``[B, L, hidden]``."""
-        return self._trunk(**inputs)
+        return self._trunk(**inputs, **({} if cache is None else {self._cache_argument: cache}))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Project hidden states ``[..., hidden]`` to vocabulary logits ``[..., V]`` in fp32."""

@@ -148,7 +148,7 @@ def sample(
             input_ids=token.unsqueeze(1),
             attention_mask=mask,
             position_ids=position,
-            past_key_values=cache,
+            cache=cache,
             use_cache=True,
         )
         position = position + 1
@@ -173,7 +173,7 @@ def _prefill(base: SharedBase, prompts: Sequence[Sequence[int]]) -> _Prefilled:
     cache = DynamicCache(config=base.lm.config)
     if shared:
         prefix = torch.tensor([list(prompts[0][:shared])], device=base.device)
-        base.trunk(input_ids=prefix, past_key_values=cache, use_cache=True)
+        base.trunk(input_ids=prefix, cache=cache, use_cache=True)
         cache.batch_repeat_interleave(len(prompts))
     rest = [list(prompt[shared:]) for prompt in prompts]
     width = max(map(len, rest))
@@ -182,7 +182,7 @@ def _prefill(base: SharedBase, prompts: Sequence[Sequence[int]]) -> _Prefilled:
     own = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rest], device=base.device)
     mask = torch.cat([own.new_ones(len(rest), shared), own], 1)
     positions = (mask.cumsum(1) - 1).clamp_min(0)[:, shared:]
-    out = base.trunk(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
+    out = base.trunk(input_ids=ids, attention_mask=mask, position_ids=positions, cache=cache, use_cache=True)
     return _Prefilled(base.logits(out.last_hidden_state[:, -1]), cache, mask)
 
 

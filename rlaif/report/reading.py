@@ -102,7 +102,7 @@ class Judge(Part):
     model: str
     method: str
     tests: Rate
-    same_position: Rate
+    same_position: Rate | None
     same_position_choice: Literal["first", "second"] | None = None
     mean_abs_bias: float | None
     median_abs_strength: float | None

@@ -31,6 +31,7 @@ NAME = "evaluate"
 REWARD = "reward"
 _MICROBATCH = 8
 _SAMPLES_PER_TAG = 5
+_NO_PAIRS = {"n": 0, "count": 0.0, "rate": None, "low": None, "high": None}  # where the judge answered nothing
 
 
 class Response(NamedTuple):
@@ -70,6 +71,7 @@ def inputs(run: Run) -> dict[str, str]:
         reward_function=run.recipe.ppo.reward_function,
         prompts=run.prompts_hash(run.select("eval", settings.prompts_per_tag)),
         templates=[templates("compare")["compare"].hash],
+        engines=run.asked(settings.judge, chooses=True),
     )
 
 
@@ -86,13 +88,14 @@ def evaluate(run: Run) -> dict[str, Any]:
         base.add_role(REWARD, adapter=run.output("reward", "adapter"))
     reference = "sft" if "sft" in policies else BASE
     responses = {name: respond_as(run, base, name, adapter, prompts, reference) for name, adapter in policies.items()}
+    wins = win_rates(run, base, responses) if settings.judge_prompts_per_tag else []
     result = {
         "policies": list(policies),
         "reference": reference,
         "prompts": dict(Counter(prompt.tag for prompt in prompts)),
         "metrics": {name: metrics(rows) for name, rows in responses.items()},
         "differences": differences(responses),
-        "win_rates": win_rates(run, base, responses) if settings.judge_prompts_per_tag else [],
+        "win_rates": wins,
         "samples": samples(responses),
     }
     files.write_json(folder / "results.json", result)
@@ -109,6 +112,7 @@ def evaluate(run: Run) -> dict[str, Any]:
         "prompts": len(prompts),
         "policies": len(policies),
         "responses": sum(map(len, responses.values())),
+        "failed": sum(row["failed"] for row in wins),
     }
 
 
@@ -218,7 +222,8 @@ def differences(responses: dict[str, list[Response]]) -> list[dict[str, Any]]:
 
 def win_rates(run: Run, base: SharedBase, responses: dict[str, list[Response]]) -> list[dict[str, Any]]:
     """Let the judge compare policies on some prompts of each tag; equal answers are ties."""
-    engine = LocalEngine(base, BASE, batch_size=run.recipe.evaluate.batch_size)
+    settings = run.recipe.evaluate
+    engine = run.engine(settings.judge, lambda: base, batch_size=settings.batch_size, chooses=True)
     limit = run.recipe.evaluate.judge_prompts_per_tag
     result = []
     for against, policy in itertools.combinations(responses, 2):
@@ -235,13 +240,15 @@ def win_rates(run: Run, base: SharedBase, responses: dict[str, list[Response]]) 
             prompt = ours.prompt
             principle = run.principle_for(prompt)
             pairs.append(Pair(f"{prompt.id}/{policy}-{against}", prompt.prompt, ours.text, theirs.text, principle))
-        verdicts = judge(run, NAME, engine, pairs, f"judge: {policy} against {against}")
+        asked = judge(run, NAME, engine, pairs, f"judge: {policy} against {against}")
+        verdicts = [verdict for verdict in asked if not verdict.error]
         wins = sum(verdict.strength > 0 for verdict in verdicts)
         losses = sum(verdict.strength < 0 for verdict in verdicts)
-        n = len(pairs) + equal
+        n, failed = len(verdicts) + equal, len(asked) - len(verdicts)
+        head = {"policy": policy, "against": against, "failed": failed}
         result.append(
-            {"policy": policy, "against": against, "wins": wins, "losses": losses, "ties": n - wins - losses}
-            | agreement.win_rate(wins, n - wins - losses, n)._asdict()
+            {**head, "wins": wins, "losses": losses, "ties": n - wins - losses}
+            | (agreement.win_rate(wins, n - wins - losses, n)._asdict() if n else _NO_PAIRS)
             | {"same_position": rate([verdict.same_position for verdict in verdicts]) if verdicts else None}
         )
     return result

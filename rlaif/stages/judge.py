@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 from rlaif import requests
 from rlaif.constitution import Constitution, Principle
 from rlaif.documents import canonical_json
-from rlaif.engines.engine import Engine, Question, ask
+from rlaif.engines.engine import Answer, Engine, Question, ask
 from rlaif.journal import Journal
 from rlaif.maths import agreement
 from rlaif.progress import Progress
@@ -47,6 +47,10 @@ class Bench(Protocol):
         """Who is told."""
         ...
 
+    def model_of(self, name: str) -> str:
+        """Return the name of an engine's model."""
+        ...
+
 
 class Pair(NamedTuple):
     """Two answers to one prompt and the principle they are compared under."""
@@ -66,6 +70,8 @@ class Verdict(NamedTuple):
     bias: float  # logits in favour of whatever is shown first
     mass: float  # probability on the two option letters, mean over both orders
     logits: tuple[float, float]  # of the answer shown first, in both orders
+    method: str = "logprobs"  # or ``verdict``: the letters were read in written texts
+    error: str = ""  # why there is no verdict; its numbers then say nothing
 
     @property
     def same_position(self) -> bool:
@@ -88,8 +94,7 @@ def judge(run: Bench, stage: str, engine: Engine, pairs: Sequence[Pair], title: 
     ]
     answers = list(ask(run.journal, stage, engine, questions, run.progress, title))
     return [
-        _verdict(answers[index].logprobs, answers[index + 1].logprobs, run.recipe.label.debias)
-        for index in range(0, len(answers), 2)
+        _verdict(answers[index], answers[index + 1], run.recipe.label.debias) for index in range(0, len(answers), 2)
     ]
 
 
@@ -103,11 +108,15 @@ def _request(template: Template, pair: Pair, *, swapped: bool = False) -> Messag
     return requests.comparison_request(template, pair.principle, prompt=pair.prompt, first=first, second=second)
 
 
-def _verdict(given: Sequence[float], swapped: Sequence[float], space: str) -> Verdict:
+def _verdict(first: Answer, second: Answer, space: str) -> Verdict:
+    if first.error or second.error:
+        return Verdict(0.5, 0.0, 0.0, 0.0, (0.0, 0.0), error=first.error or second.error)
+    given, swapped = first.logprobs, second.logprobs
     logits = (given[0] - given[1], swapped[0] - swapped[1])
     both = agreement.both_orders(*logits, space="logit" if space == "logit" else "probability")
     mass = statistics.fmean(sum(map(math.exp, row)) for row in (given, swapped))
-    return Verdict(both.preference, both.strength, both.bias, mass, logits)
+    method = "verdict" if "verdict" in (first.method, second.method) else "logprobs"
+    return Verdict(both.preference, both.strength, both.bias, mass, logits, method)
 
 
 def measure(run: Bench, stage: str, engine: Engine) -> dict[str, Any] | None:
@@ -124,9 +133,12 @@ def measure(run: Bench, stage: str, engine: Engine) -> dict[str, Any] | None:
     ]
     verdicts = judge(run, stage, engine, pairs, "judge on the constitution's tests")
     right = [verdict.strength > 0 for verdict in verdicts]
+    given = [verdict for verdict in verdicts if not verdict.error] or verdicts
+    measured = [verdict for verdict in given if verdict.method == "logprobs" and not verdict.error]
     return {
-        "model": run.recipe.model.model_name_or_path,
-        "method": "logprobs",
+        "model": run.model_of(run.recipe.label.judge),
+        "method": "verdict" if any(verdict.method == "verdict" for verdict in verdicts) else "logprobs",
+        "failed": sum(bool(verdict.error) for verdict in verdicts),
         "identity": canonical_json(engine.identity),
         "tests": {
             **agreement.wilson(sum(right), len(right))._asdict(),
@@ -134,12 +146,14 @@ def measure(run: Bench, stage: str, engine: Engine) -> dict[str, Any] | None:
             "interval": "Wilson 95 %",
         },
         **positions(verdicts),
-        "mean_abs_bias": statistics.fmean(abs(verdict.bias) for verdict in verdicts),
-        "median_abs_strength": statistics.median(abs(verdict.strength) for verdict in verdicts),
+        "mean_abs_bias": statistics.fmean(abs(verdict.bias) for verdict in given),
+        "median_abs_strength": statistics.median(abs(verdict.strength) for verdict in given),
         "option_mass": {
-            "mean": statistics.fmean(verdict.mass for verdict in verdicts),
-            "min": min(verdict.mass for verdict in verdicts),
-        },
+            "mean": statistics.fmean(verdict.mass for verdict in measured),
+            "min": min(verdict.mass for verdict in measured),
+        }
+        if measured
+        else None,
         "by_test": [
             {
                 "prompt": test.prompt,
@@ -157,9 +171,10 @@ def measure(run: Bench, stage: str, engine: Engine) -> dict[str, Any] | None:
 
 def positions(verdicts: Sequence[Verdict]) -> dict[str, Any]:
     """Return how often the same position won in both orders, and which one it mostly was."""
+    verdicts = [verdict for verdict in verdicts if not verdict.error]
     same = [verdict for verdict in verdicts if verdict.same_position]
     first = sum(verdict.logits[0] > 0 for verdict in same)
     return {
-        "same_position": agreement.wilson(len(same), len(verdicts))._asdict(),
+        "same_position": agreement.wilson(len(same), len(verdicts))._asdict() if verdicts else None,
         "same_position_choice": None if not same else "first" if 2 * first >= len(same) else "second",
     }

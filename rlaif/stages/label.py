@@ -14,8 +14,9 @@ method ``judge`` stops.
 Writes ``comparisons.jsonl``, ``unused.jsonl`` (with the reason) and ``quality.json``.
 """
 
+import functools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rlaif import files, filters
@@ -26,21 +27,25 @@ from rlaif.errors import DataError, StageError
 from rlaif.human.labels import read_labels
 from rlaif.maths import agreement
 from rlaif.model.roles import BASE, SharedBase
-from rlaif.records import Comparison, Messages, Prompt, assistant, read_jsonl, text_of
+from rlaif.records import Comparison, Messages, Prompt, assistant, text_of
+from rlaif.stages.chains import revised_chains
 from rlaif.stages.judge import Pair, judge, measure, positions
 from rlaif.stages.revise import (
+    NO_ANSWER,
     Chain,
     Step,
     critique_and_revise,
     problem,
     question,
     respond,
+    revising_engines,
     whole_sentences,
 )
 from rlaif.stages.run import Run, path_sha256, templates
 
 NAME = "label"
 POLICY = "policy"
+Load = Callable[[], SharedBase]
 Labels = tuple[list[Comparison], list[dict[str, Any]], dict[str, Any]]
 
 
@@ -57,6 +62,7 @@ def inputs(run: Run) -> dict[str, str]:
             **{f"human.{index}": path for index, path in enumerate(run.loaded.human_files)},
         },
         feedback=run.recipe.feedback,
+        engines=[run.asked(run.recipe.label.judge, chooses=True), run.asked(*run.recipe.engines_of("revise").values())],
         constitution=run.constitution.hash,
         prompts=run.prompts_hash(run.prompts),
         templates=[template.hash for template in templates(*names).values()],
@@ -71,30 +77,32 @@ def label(run: Run) -> dict[str, Any]:
     method = "human" if run.recipe.feedback == "human" else settings.method
     comparisons, unused = human_labels(run) if run.recipe.feedback != "ai" else ([], [])
     if run.recipe.feedback != "human":
-        base = run.load_base()
-        engine = LocalEngine(base, BASE, batch_size=settings.batch_size)
+        load = functools.cache(run.load_base)
+        engine = run.engine(settings.judge, load, batch_size=settings.batch_size, chooses=True)
         quality["judge"] = measure(run, NAME, engine)
         quality["judge_labels"] = method == "judge"
         files.write_json(folder / "judge.json", quality["judge"])  # readable also where the next line stops the run
         if method == "judge":
             _refuse_weak_judge(run, quality["judge"])
-        made, aside, extra = {"judge": by_judge, "revision": by_revision, "contrast": by_contrast}[method](
-            run, base, engine
-        )
+        way = {"judge": by_judge, "revision": by_revision, "contrast": by_contrast}[method]
+        made, aside, extra = way(run, load, engine)
         taken = {row.id for row in comparisons}
         unused += aside + [{"id": row.id, "reason": "in a file of labels already"} for row in made if row.id in taken]
         comparisons += [row for row in made if row.id not in taken]
     if not comparisons:
         raise DataError(f"{folder}: no comparison is usable; {len(unused)} were set aside: {_reasons(unused)}.")
-    quality |= {
-        "min_judge_accuracy": settings.min_judge_accuracy,
-        "labels": summary(method, comparisons, unused),
-    }
-    quality["labels"] |= extra
+    quality["min_judge_accuracy"] = settings.min_judge_accuracy
+    quality["labels"] = summary(method, comparisons, unused) | extra
     files.write_jsonl(folder / "comparisons.jsonl", comparisons)
     files.write_jsonl(folder / "unused.jsonl", unused)
     files.write_json(folder / "quality.json", quality)
-    return {"comparisons": len(comparisons), "unused": len(unused), "by_tag": quality["labels"]["by_tag"]}
+    failed = sum(row["reason"] == NO_ANSWER for row in unused)
+    return {
+        "comparisons": len(comparisons),
+        "unused": len(unused) - failed,
+        "failed": failed,
+        "by_tag": quality["labels"]["by_tag"],
+    }
 
 
 def human_labels(run: Run) -> tuple[list[Comparison], list[dict[str, Any]]]:
@@ -138,11 +146,11 @@ def _refuse_weak_judge(run: Run, measured: dict[str, Any] | None) -> None:
 # --- the three ways -----------------------------------------------------------------------------------------------
 
 
-def by_judge(run: Run, base: SharedBase, engine: Engine) -> Labels:
+def by_judge(run: Run, load: Load, engine: Engine) -> Labels:
     """Let the judge compare two responses of the SFT policy."""
     settings = run.recipe.label
     prompts = run.select("train", settings.prompts_per_tag)
-    policy = policy_engine(run, base)
+    policy = policy_engine(run, load())
     sides = [respond(run, NAME, policy, prompts, settings.sampling, sample=index) for index in (0, 1)]
     pairs, unused = [], []
     for first, second in zip(*sides, strict=True):
@@ -156,23 +164,32 @@ def by_judge(run: Run, base: SharedBase, engine: Engine) -> Labels:
     verdicts = judge(run, NAME, engine, [pair for _, pair in pairs], "comparisons")
     comparisons = []
     for (prompt, pair), verdict in zip(pairs, verdicts, strict=True):
+        if verdict.error:
+            unused.append(_failed(prompt, verdict.error))
+            continue
         if abs(verdict.strength) <= settings.min_strength:
             unused.append({"id": prompt.id, "reason": "tie", "texts": [pair.first, pair.second]})
             continue
         preference = max(verdict.preference, 1 - verdict.preference)
-        vote = {"annotator": "judge", "principle": pair.principle.id, **verdict._asdict()}
+        numbers = {key: value for key, value in verdict._asdict().items() if key != "error"}
+        vote = {"annotator": "judge", "principle": pair.principle.id, **numbers}
         sides_in_order = (pair.first, pair.second) if verdict.strength > 0 else (pair.second, pair.first)
         comparisons.append(_comparison(run, prompt, *sides_in_order, preference, "judge", "ai", [vote], pair.principle))
+    assert len(comparisons) + len(unused) == len(prompts), "a row was lost"
     return comparisons, unused, positions(verdicts) if verdicts else {}
 
 
-def by_revision(run: Run, base: SharedBase, engine: Engine) -> Labels:
+def by_revision(run: Run, load: Load, engine: Engine) -> Labels:
     """Prefer revisions to initial responses, and plain responses to needless refusals."""
     must_refuse = run.recipe.revise.must_refuse_tags
     comparisons: list[Comparison] = []
     unused: list[dict[str, Any]] = []
     plain: list[Chain] = []
-    for prompt, row in revised_chains(run):
+    rows = revised_chains(run)
+    for prompt, row in rows:
+        if row.get("error"):
+            unused.append(_failed(prompt, f"revise: {row['error']}"))
+            continue
         if not row["steps"]:
             plain.append(Chain(prompt, row["response"], row["ended"]))
             continue
@@ -187,44 +204,25 @@ def by_revision(run: Run, base: SharedBase, engine: Engine) -> Labels:
         vote = {"annotator": "revision", "principle": principle.id, "critique": revision["critique"]}
         texts = revision["revision"], row["response"]
         comparisons.append(_comparison(run, prompt, *texts, 1.0, "revision", "construction", [vote], principle))
-    made, aside = needless_refusals(run, engine, plain)
+    made, aside = needless_refusals(run, revising_engines(run, load, run.recipe.label.batch_size), plain)
+    assert len(comparisons + made) + len(unused + aside) == len(rows), "a row was lost"
     return comparisons + made, unused + aside, {}
 
 
-def revised_chains(run: Run) -> list[tuple[Prompt, dict[str, Any]]]:
-    """Return the chains of the revise stage: the first so many of each named tag, or all where no tag is named.
-
-    Raises:
-        StageError: a chain's prompt is not in the prompt sets (any more).
-    """
-    path, wanted = run.output("revise", "chains.jsonl"), run.recipe.label.prompts_per_tag
-    known = {prompt.id: prompt for prompt in run.prompts}
-    seen: Counter[str] = Counter()
-    result = []
-    for line, row in read_jsonl(path):
-        prompt = known.get(row["prompt_id"])
-        if prompt is None:
-            raise StageError(
-                f"{path}:{line}: the prompt `{row['prompt_id']}` is not in the recipe's prompt sets. Run the stage "
-                f"`revise` again: rlaif revise {run.loaded.path}"
-            )
-        seen[prompt.tag] += 1
-        if not wanted or seen[prompt.tag] <= wanted.get(prompt.tag, 0):
-            result.append((prompt, row))
-    return result
-
-
 def needless_refusals(
-    run: Run, engine: Engine, chains: Sequence[Chain]
+    run: Run, engines: Mapping[str, Engine], chains: Sequence[Chain]
 ) -> tuple[list[Comparison], list[dict[str, Any]]]:
     """Compare plain responses with what the revision chain makes of them when it treats the prompt as harmful."""
     tag = run.recipe.revise.revise_tags[0] if run.recipe.revise.revise_tags else "harmful"
     refused = [Chain(chain.prompt, chain.response, chain.ended) for chain in chains]
     if refused:
-        critique_and_revise(run, NAME, engine, refused, 0, tag=tag)
+        critique_and_revise(run, NAME, engines, refused, 0, tag=tag)
     comparisons: list[Comparison] = []
     unused: list[dict[str, Any]] = []
     for chain, other in zip(chains, refused, strict=True):
+        if other.error:
+            unused.append(_failed(chain.prompt, other.error))
+            continue
         step: Step = other.steps[0]
         reason = problem(run, chain) or _unusable(chain.response, step.revision)
         if reason is None and not filters.is_refusal(step.revision):
@@ -242,11 +240,11 @@ def needless_refusals(
     return comparisons, unused
 
 
-def by_contrast(run: Run, base: SharedBase, engine: Engine) -> Labels:
+def by_contrast(run: Run, load: Load, engine: Engine) -> Labels:
     """Prefer a response written under the constitution to one written without it."""
     settings = run.recipe.label
     prompts = run.select("train", settings.prompts_per_tag)
-    policy = policy_engine(run, base)
+    policy = policy_engine(run, load())
     plain = respond(run, NAME, policy, prompts, settings.sampling)
     questions = [
         question(run, f"{prompt.id}/contrast", under_constitution(run, prompt), settings.sampling) for prompt in prompts
@@ -283,6 +281,10 @@ def policy_engine(run: Run, base: SharedBase) -> LocalEngine:
     adapter = run.output("sft", "adapter")
     base.add_role(POLICY, adapter=adapter)
     return LocalEngine(base, POLICY, batch_size=size, adapter=path_sha256(adapter))
+
+
+def _failed(prompt: Prompt, error: str) -> dict[str, Any]:
+    return {"id": prompt.id, "reason": NO_ANSWER, "error": error}
 
 
 def _unusable(better: str, worse: str) -> str | None:

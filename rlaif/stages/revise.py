@@ -10,23 +10,24 @@ Departures: one model plays all parts; a response cut by the token limit is trim
 Writes ``demonstrations.jsonl``, ``quarantine.jsonl`` (with the reason) and ``chains.jsonl`` (every text).
 """
 
+import functools
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from rlaif import files, filters
 from rlaif.constitution import Principle
 from rlaif.engines.engine import Answer, Engine, Question, ask
-from rlaif.engines.local import LocalEngine
-from rlaif.model.roles import BASE
+from rlaif.model.roles import SharedBase
 from rlaif.recipe import SamplingSection
 from rlaif.records import Demonstration, Messages, Prompt, assistant
 from rlaif.requests import revision_request, worked_examples
 from rlaif.stages.run import Run, templates
 
 NAME = "revise"
+NO_ANSWER = "no answer"  # the reason of rows for which an engine had none; the row says why
 # The number that opens a line of a list is matched as well, so that its full stop ends no sentence.
 _SENTENCE_END = re.compile(r"""^\s*\d+[.)](?=\s|$)|(?P<end>[.!?]["'”’)\]*]*)(?=\s|$)""", re.MULTILINE)
 
@@ -49,6 +50,7 @@ class Chain:
     response: str
     ended: bool
     steps: list[Step] = field(default_factory=list)
+    error: str = ""  # why it went no further than this
 
     @property
     def text(self) -> str:
@@ -64,6 +66,7 @@ def inputs(run: Run) -> dict[str, str]:
         constitution=run.constitution.hash_of("principles", "examples"),
         prompts=run.prompts_hash(run.select("train", settings.prompts_per_tag)),
         templates=[template.hash for template in templates("critique", "revise").values()],
+        engines=run.asked(*run.recipe.engines_of(NAME).values()),
     )
 
 
@@ -71,12 +74,20 @@ def revise(run: Run) -> dict[str, Any]:
     """Run the stage; return the counts for its manifest."""
     settings = run.recipe.revise
     prompts = run.select("train", settings.prompts_per_tag)
-    engine = LocalEngine(run.load_base(), BASE, batch_size=settings.batch_size)
-    chains = respond(run, NAME, engine, prompts, settings.sampling)
+    load = functools.cache(run.load_base)
+    responder = run.engine(settings.responder, load, batch_size=settings.batch_size)
+    revisers = revising_engines(run, load, settings.batch_size)
+    chains = respond(run, NAME, responder, prompts, settings.sampling)
     harmful = [chain for chain in chains if chain.prompt.tag in settings.revise_tags]
     for step in range(settings.rounds):
-        critique_and_revise(run, NAME, engine, harmful, step)
+        critique_and_revise(run, NAME, revisers, harmful, step)
     return write(run, chains)
+
+
+def revising_engines(run: Run, load: Callable[[], SharedBase], batch_size: int) -> dict[str, Engine]:
+    """Return who answers each request of a step, by the name of its template."""
+    names = {"critique": run.recipe.revise.critic, "revise": run.recipe.revise.reviser}
+    return {part: run.engine(name, load, batch_size=batch_size) for part, name in names.items()}
 
 
 def respond(
@@ -90,13 +101,20 @@ def respond(
     """Let the engine answer each prompt as it stands."""
     questions = [question(run, f"{prompt.id}/response", prompt.messages, sampling, sample=sample) for prompt in prompts]
     answers = ask(run.journal, stage, engine, questions, run.progress, "responses")
-    return [Chain(prompt, *whole_sentences(answer)) for prompt, answer in zip(prompts, answers, strict=True)]
+    return [
+        Chain(prompt, *whole_sentences(answer), error=answer.error)
+        for prompt, answer in zip(prompts, answers, strict=True)
+    ]
 
 
 def critique_and_revise(
-    run: Run, stage: str, engine: Engine, chains: Sequence[Chain], step: int, *, tag: str | None = None
+    run: Run, stage: str, engines: Mapping[str, Engine], chains: Sequence[Chain], step: int, *, tag: str | None = None
 ) -> None:
-    """Add one critique and revision to each chain, under a principle for the prompt's tag (or for `tag`)."""
+    """Add one critique and revision to each chain, under a principle for the prompt's tag (or for `tag`).
+
+    A chain for which there is no answer keeps its error and the whole steps that it has.
+    """
+    chains = [chain for chain in chains if not chain.error]
     settings = run.recipe.revise
     prompt_templates = templates("critique", "revise")
     for chain in chains:
@@ -114,13 +132,17 @@ def critique_and_revise(
             messages: Messages = [*shown, {"role": "user", "content": request}]
             key = f"{chain.prompt.id}/{part}-{step}"
             questions.append(question(run, key, messages, settings.sampling))
-        answers = ask(run.journal, stage, engine, questions, run.progress, f"{part} {step + 1}")
+        answers = ask(run.journal, stage, engines[part], questions, run.progress, f"{part} {step + 1}")
         for chain, answer in zip(chains, answers, strict=True):
             text, ended = whole_sentences(answer)
-            if part == "critique":
+            if answer.error:
+                chain.error = f"{part} {step + 1}: {answer.error}"
+                chain.steps.pop()
+            elif part == "critique":
                 chain.steps[-1].critique = text
             else:
                 chain.steps[-1].revision, chain.steps[-1].ended = unquoted(text), ended
+        chains = [chain for chain in chains if not chain.error]
 
 
 def question(run: Run, item_id: str, messages: Messages, sampling: SamplingSection, *, sample: int = 0) -> Question:
@@ -179,34 +201,46 @@ def problem(run: Run, chain: Chain) -> str | None:
 
 def write(run: Run, chains: Sequence[Chain]) -> dict[str, Any]:
     """Sort chains into demonstrations and quarantine, write the stage's files and return the counts."""
-    folder = run.stage_folder(NAME)
+    folder, settings = run.stage_folder(NAME), run.recipe.revise
     hashes = {name: template.hash for name, template in templates("critique", "revise").items()}
     kept: list[Demonstration] = []
     aside: list[dict[str, Any]] = []
+    failed: list[dict[str, Any]] = []
     rows: list[dict[str, Any]] = []
+    wanted = 0
     for whole in chains:
         parts = [
             Chain(whole.prompt, whole.response, whole.ended, whole.steps[: n + 1]) for n in range(len(whole.steps))
         ]
-        versions = parts if run.recipe.revise.demonstrations == "all" else parts[-1:]
+        every = settings.demonstrations == "all"
+        due = settings.rounds if every and whole.prompt.tag in settings.revise_tags else 1
+        versions = (parts if every else parts[-1:]) or [whole]
+        if whole.error:
+            versions = parts if every else []
         reason: str | None = None
-        for version in versions or [whole]:
+        for version in versions:
             reason = problem(run, version)
             row = demonstration(run, version, hashes)
             if reason is None:
                 kept.append(row)
             else:
                 aside.append({**row.model_dump(), "reason": reason})
+        wanted += due
+        for number in range(len(versions), due):
+            row = demonstration(run, whole, hashes).model_copy(update={"id": f"{whole.prompt.id}-failed-{number}"})
+            failed.append({**row.model_dump(), "reason": NO_ANSWER, "error": whole.error})
+            reason = NO_ANSWER
         rows.append(chain_row(whole, reason))
+    assert wanted == len(kept) + len(aside) + len(failed), "a row was lost"
     files.write_jsonl(folder / "demonstrations.jsonl", kept)
-    files.write_jsonl(folder / "quarantine.jsonl", aside)
+    files.write_jsonl(folder / "quarantine.jsonl", aside + failed)
     files.write_jsonl(folder / "chains.jsonl", rows)
     return {
         "prompts": len(chains),
         "chains": len(rows),
         "kept": len(kept),
         "quarantined": len(aside),
-        "failed": 0,
+        "failed": len(failed),
         "quarantined_by_reason": dict(Counter(row["reason"] for row in aside)),
     }
 
@@ -233,6 +267,7 @@ def chain_row(chain: Chain, reason: str | None) -> dict[str, Any]:
         ],
         "kept": reason is None,
         "reason": reason,
+        "error": chain.error,
     }
 
 
@@ -254,7 +289,7 @@ def demonstration(run: Run, chain: Chain, template_hashes: dict[str, str]) -> De
             "principle": principle.id if principle else None,
             "principle_hash": principle.hash if principle else None,
             "templates": template_hashes,
-            "model": run.recipe.model.model_name_or_path,
+            "model": run.model_of(run.recipe.revise.reviser if chain.steps else run.recipe.revise.responder),
             "seed": run.recipe.seed,
         },
     )

@@ -1,6 +1,7 @@
 """What every stage is given: the recipe, the run folder, the journal, the constitution and the prompts."""
 
 import hashlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,13 +12,17 @@ from pydantic import BaseModel
 from rlaif import constitution as constitutions
 from rlaif.constitution import Constitution, Principle, draw
 from rlaif.documents import file_sha256, fingerprint
-from rlaif.errors import DataError, StageError
+from rlaif.endpoints import BASE, Endpoint
+from rlaif.engines.engine import Engine
+from rlaif.engines.local import LocalEngine
+from rlaif.engines.server import ServerEngine
+from rlaif.errors import ConfigError, DataError, StageError
 from rlaif.journal import Journal
 from rlaif.model import builtin
 from rlaif.model.roles import SharedBase
 from rlaif.progress import Progress
 from rlaif.prompting import Template, load_template
-from rlaif.recipe import STAGES, Loaded, Recipe
+from rlaif.recipe import ENGINE_KEYS, STAGES, Loaded, Recipe
 from rlaif.records import Prompt, Split, read_rows
 
 # Keys that decide whether or how a stage goes on, never what it writes: changing one repeats no work.
@@ -30,6 +35,8 @@ _NOT_DETERMINING = {
     "save_steps",
     "save_every_updates",
 }
+# Keys that name an engine: what it is asked with counts (`Run.asked`), and not what the recipe calls it.
+_NAMES = {key for keys in ENGINE_KEYS.values() for key in keys}
 
 
 @dataclass
@@ -134,6 +141,48 @@ class Run:
         torch.manual_seed(self.recipe.seed)
         return SharedBase.load(self.recipe.model)
 
+    # --- who answers --------------------------------------------------------------------------------------------
+
+    def engine(self, name: str, load: Callable[[], SharedBase], *, batch_size: int, chooses: bool = False) -> Engine:
+        """Return the engine of a name in the recipe.
+
+        Args:
+            name: `base`, or a name in the recipe's `engines`.
+            load: returns the shared base; not called where a server answers.
+            batch_size: conversations in a forward pass of the base.
+            chooses: whether it is asked to choose between options.
+
+        Raises:
+            ConfigError: the recipe describes no such engine, or its key is not in the environment.
+        """
+        if name == BASE:
+            return LocalEngine(load(), BASE, batch_size=batch_size)
+        return ServerEngine(name, self._endpoint(name), chooses=chooses, say=self.progress.say)
+
+    def model_of(self, name: str) -> str:
+        """Return the name of the model that an engine asks."""
+        return self.recipe.model.model_name_or_path if name == BASE else self._endpoint(name).model
+
+    def asked(self, *names: str, chooses: bool = False) -> list[Any]:
+        """Return what the answers of engines depend on besides the questions; of the base, see `inputs`."""
+        return [BASE if name == BASE else self._endpoint(name).identity(chooses=chooses) for name in names]
+
+    def check_keys(self, stages: Sequence[str]) -> None:
+        """Look whether all keys that these stages need are there, before hours of work and not after.
+
+        Raises:
+            ConfigError: a key is not in the environment.
+        """
+        for stage in stages:
+            for name in self.recipe.engines_of(stage).values():
+                if name != BASE:
+                    self._endpoint(name).key(name)
+
+    def _endpoint(self, name: str) -> Endpoint:
+        if name not in self.recipe.engines:
+            raise ConfigError(f"engines: `{name}` is not described there; known: {', '.join(self.recipe.engines)}.")
+        return self.recipe.engines[name]
+
     def seed(self, *parts: str | int) -> int:
         """Return a seed that depends on the run's seed and on what it is for, and on nothing else."""
         digest = hashlib.sha256(repr((self.recipe.seed, *parts)).encode()).digest()
@@ -145,7 +194,7 @@ class Run:
         """Return fingerprints of all that a stage's result depends on, by name."""
         result = {"seed": str(self.recipe.seed), "model": fingerprint(self.recipe.model.model_dump())}
         for section in sections:
-            content = section.model_dump(exclude=_NOT_DETERMINING)
+            content = section.model_dump(exclude=_NOT_DETERMINING | _NAMES)
             result[f"recipe.{type(section).__name__.removesuffix('Section').lower()}"] = fingerprint(content)
         result |= {name: fingerprint(value) for name, value in named.items()}
         result |= {name: path_sha256(path) for name, path in (files or {}).items()}
