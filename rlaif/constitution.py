@@ -239,36 +239,36 @@ def _unknown(documents: Sequence[Document], entries: Sequence[Placed]) -> Iterat
             yield placed.problem("principle", "unknown-principle", message)
 
 
-def draw(
-    constitution: Constitution, *, seed: int, prompt_id: str, step: int, tag: str, category: str = ""
-) -> Principle:
-    """Return the principle for one step of one prompt, by weighted rendezvous hashing.
-
-    Candidates are the principles whose `applies_to` names the prompt's category; where none does, those that apply
-    to its tag. Each candidate gets ``u`` in (0, 1) from the SHA-256 of ``(seed, prompt_id, step, id)`` and the score
-    ``-weight / ln(u)``; the highest wins, with probability proportional to its weight. A score depends on no other
-    principle, so order and wording change no draw, and a new or heavier principle only takes draws for itself.
-
-    Rendezvous hashing: Thaler and Ravishankar 1998 (IEEE/ACM ToN 6); weights: Schindelhauer and Schomaker, SPAA 2005.
-
-    Args:
-        constitution: the constitution to draw from.
-        seed: the seed of the run.
-        prompt_id: id of the prompt.
-        step: number of the revision within a chain, or of the comparison within a prompt.
-        tag: tag of the prompt.
-        category: its category, if it has one.
+def applying(constitution: Constitution, tag: str, category: str = "") -> list[Principle]:
+    """Return the principles whose `applies_to` names the category; where none does, those that apply to the tag.
 
     Raises:
         ConstitutionError: no principle applies to the tag.
     """
     specific = [p for p in constitution.principles if category and category in p.applies_to]
-    candidates = specific or [p for p in constitution.principles if p.applies(tag)]
-    if not candidates:
+    found = specific or [p for p in constitution.principles if p.applies(tag)]
+    if not found:
         raise ConstitutionError(
             f"{constitution.name}: no principle applies to prompts tagged `{tag}`. "
             "Add the tag to the `applies_to` of a principle, or empty that list."
         )
+    return found
+
+
+def draw(
+    constitution: Constitution, *, seed: int, prompt_id: str, step: int, tag: str, category: str = ""
+) -> Principle:
+    """Return the principle for one step of one prompt, by weighted rendezvous hashing.
+
+    Each of those that `applying` returns gets ``u`` in (0, 1) from the SHA-256 of ``(seed, prompt_id, step, id)`` and
+    the score ``-weight / ln(u)``; the highest wins, with probability proportional to its weight. A score depends on no
+    other principle, so order and wording change no draw, and a new or heavier principle only takes draws for itself.
+
+    Rendezvous hashing: Thaler and Ravishankar 1998 (IEEE/ACM ToN 6); weights: Schindelhauer and Schomaker, SPAA 2005.
+
+    `step` is the number of the revision within a chain, or of the comparison within a prompt.
+    """
+    candidates = applying(constitution, tag, category)
     return max(candidates, key=lambda p: (_log_score(p.weight, [seed, prompt_id, step, p.id]), p.id))
 
 

@@ -11,7 +11,7 @@ from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rlaif.constitution import Constitution, diff, draw
+from rlaif.constitution import Constitution, applying, diff, draw
 from rlaif.errors import ConstitutionError, DataError
 from rlaif.principles import Example, JudgeTest, Principle, WorkedComparison
 from rlaif.prompting import load_template
@@ -206,22 +206,52 @@ class _Again:
         return Redone(count, sum(reasons.values()), dict(reasons))
 
     def _vote(self, row: Comparison, vote: dict[str, Any], where: str) -> str | None:
-        method = vote.get("annotator")
-        if row.source == "human" or method not in ("judge", "revision", "contrast"):
+        """Tell why a vote would be asked again; votes of people and of functions never are."""
+        if row.source == "human" or vote.get("method") == "function":
             return None
-        prompt = self._prompt(row.provenance["prompt_id"], where)
-        if method == "revision":
+        if row.source == "ai":
+            reason = self._judged(row, vote, where)
+        elif vote.get("annotator") == "contrast":
+            changed = _texts(self.old, row.tag) != _texts(self.new, row.tag)
+            reason = "the principles of its system prompt changed" if changed else None
+        else:
+            prompt = self._prompt(row.provenance["prompt_id"], where)
             tags = self.recipe.revise.revise_tags
             if prompt.tag in tags:
                 return "its chain is done again" if prompt.id in self.chains_again else None
             return self._revision(prompt, vote["principle"], 0, where, tag=(tags or ["harmful"])[0])
-        reason: str | None = None
-        if method == "judge":
-            reason = self._drawn(prompt, vote["principle"], 0, where, "", ("comparison_question",))
-            reason = reason or ("the worked comparisons changed" if self.new_comparisons else None)
-        elif _texts(self.old, prompt.tag) != _texts(self.new, prompt.tag):
-            reason = "the principles of its system prompt changed"
-        return reason or (RETRAINED if self.chains_again and "sft" in self.recipe.stages else None)
+        if reason or not self.chains_again or self.recipe.label.candidates == "file":
+            return reason
+        if self.recipe.label.candidates == "revision" and row.source == "ai":
+            return "its chain is done again" if row.provenance["prompt_id"] in self.chains_again else None
+        return RETRAINED if "sft" in self.recipe.stages else None
+
+    def _judged(self, row: Comparison, vote: dict[str, Any], where: str) -> str | None:
+        """Tell why a judge would be asked again about a pair as it stands."""
+        request = "text" if vote.get("method") == "rating" else "comparison_question"
+        identifier = row.provenance["prompt_id"]
+        category = self.prompts[identifier].category if identifier in self.prompts else ""
+        prompt = Prompt(id=identifier, prompt="?", tag=row.tag, category=category)
+        if self.recipe.label.principles == "one":
+            reason = self._drawn(prompt, vote["principle"], 0, where, "", (request,))
+        else:
+            named = vote.get("principles") or [vote["principle"]]
+            together = self.recipe.label.principles == "together"
+            reason = self._all(prompt, named, where, request, together)
+        shown = self.new_comparisons and vote.get("method") == "logprobs"
+        return reason or ("the worked comparisons changed" if shown else None)
+
+    def _all(self, prompt: Prompt, named: Sequence[str], where: str, request: str, together: bool) -> str | None:
+        """Compare the principles of a vote with those that apply now, where all that apply are asked about."""
+        before = [self._known(identifier, where) for identifier in named]
+        try:
+            now = {p.id: p for p in applying(self.new, prompt.tag, prompt.category)}
+        except ConstitutionError:
+            return "no principle applies any more"
+        if any(p.id not in now for p in before) or (together and list(now) != list(named)):
+            return "other principles apply"
+        differs = any(_said(p, request) != _said(now[p.id], request) for p in before)
+        return "its principle is reworded" if differs else None
 
     def _revision(self, prompt: Prompt, principle: str, step: int, where: str, *, tag: str = "") -> str | None:
         reason = self._drawn(prompt, principle, step, where, tag, ("critique_request", "revision_request"))
@@ -230,12 +260,7 @@ class _Again:
     def _drawn(
         self, prompt: Prompt, identifier: str, step: int, where: str, tag: str, requests: Sequence[str]
     ) -> str | None:
-        known = {p.id: p for p in self.old.principles}
-        if identifier not in known:
-            raise DataError(
-                f"{where}: was made under the principle `{identifier}`, which {self.old.name} lacks. Give the "
-                "constitution that the run was made with as OLD."
-            )
+        before = self._known(identifier, where)
         try:
             now = draw(
                 self.new,
@@ -249,14 +274,26 @@ class _Again:
             return "no principle applies any more"
         if now.id != identifier:
             return "another principle is drawn"
-        before = known[identifier]
-        differs = any(getattr(before, request)() != getattr(now, request)() for request in requests)
+        differs = any(_said(before, request) != _said(now, request) for request in requests)
         return "its principle is reworded" if differs else None
+
+    def _known(self, identifier: str, where: str) -> Principle:
+        known = {p.id: p for p in self.old.principles}
+        if identifier not in known:
+            raise DataError(
+                f"{where}: was made under the principle `{identifier}`, which {self.old.name} lacks. Give the "
+                "constitution that the run was made with as OLD."
+            )
+        return known[identifier]
 
     def _prompt(self, identifier: str, where: str) -> Prompt:
         if identifier not in self.prompts:
             raise DataError(f"{where}: the prompt `{identifier}` is not in the run's prompt sets any more.")
         return self.prompts[identifier]
+
+
+def _said(principle: Principle, request: str) -> str:
+    return principle.text if request == "text" else str(getattr(principle, request)())
 
 
 def _texts(constitution: Constitution, tag: str) -> list[str]:

@@ -22,14 +22,14 @@ from rlaif.engines.engine import Engine, Question, ask
 from rlaif.errors import DataError
 from rlaif.human.labels import read_labels
 from rlaif.journal import Journal
-from rlaif.judging import Setting
 from rlaif.maths import agreement
 from rlaif.progress import Progress
 from rlaif.prompting import load_template
 from rlaif.recipe import Recipe
 from rlaif.records import Comparison, Messages, text_of
 from rlaif.requests import OPTIONS
-from rlaif.stages.judge import Pair, Verdict, judge
+from rlaif.stages.judge import judge
+from rlaif.stages.verdicts import Judge, Opinion, Pair, Verdict
 
 STAGE = "induce"
 ALIKE = 0.5  # share of telling words in common that makes two rules one candidate
@@ -140,14 +140,14 @@ def induce(
     for candidate in candidates:  # Bonferroni: with 95 % each, one of twenty would pass by luck
         candidate.confidence = 1 - (1 - agreement.CONFIDENCE) / len(candidates)
     baseline = Candidate("Which of the two answers is better?")
-    setting = Setting(recipe, _constitution(path, recipe, halves, [baseline, *candidates]), journal, progress)
+    constitution = _constitution(path, recipe, halves, [baseline, *candidates])
+    who = Judge(engine, constitution, journal, progress, STAGE)
     for number, candidate in enumerate([baseline, *candidates]):
-        principle = setting.constitution.principles[number]
+        principle = constitution.principles[number]
         if candidate is baseline:
             principle = principle.model_copy(update={"comparison": baseline.text})
         title = f"votes {number} of {len(candidates)}"
-        verdicts = judge(setting, STAGE, engine, _pairs(halves.heldout, principle), title)
-        _count(candidate, verdicts, options.min_strength)
+        _count(candidate, judge(who, _pairs(halves.heldout, principle), title), options.min_strength)
     ranked = sorted(candidates, key=lambda one: _rank(one), reverse=True)
     kept = [one for one in ranked if options.keep_all or one.dropped is None]
     evidence = {
@@ -272,9 +272,10 @@ def _pairs(rows: Sequence[Comparison], principle: Principle) -> list[Pair]:
     ]
 
 
-def _count(candidate: Candidate, verdicts: Sequence[Verdict], tie: float) -> None:
-    candidate.votes = [verdict.strength for verdict in verdicts]  # 0, which takes no side, where there is only an error
-    candidate.same_position = sum(verdict.same_position for verdict in verdicts)
+def _count(candidate: Candidate, opinions: Sequence[Opinion], tie: float) -> None:
+    """Note what was said; an abstention takes no side, as a vote of 0 does."""
+    candidate.votes = [one.strength if isinstance(one, Verdict) else 0.0 for one in opinions]
+    candidate.same_position = sum(one.same_position for one in opinions if isinstance(one, Verdict))
     candidate.tie = tie
 
 

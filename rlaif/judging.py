@@ -3,11 +3,10 @@
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlaif.constitution import Constitution, load, read
+from rlaif.constitution import load, read
 from rlaif.engines.engine import Engine
 from rlaif.engines.local import LocalEngine
 from rlaif.errors import ConstitutionError
@@ -18,22 +17,9 @@ from rlaif.model.roles import BASE, SharedBase
 from rlaif.progress import Progress
 from rlaif.recipe import Recipe
 from rlaif.stages.judge import measure
+from rlaif.stages.verdicts import Judge
 
 STAGE = "test"
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What a judge is given where there is no run; `rlaif.stages.judge.Bench` says what it is for."""
-
-    recipe: Recipe
-    constitution: Constitution
-    journal: Journal
-    progress: Progress
-
-    def model_of(self, name: str) -> str:
-        """Return the name of the model; there is no engine but the base."""
-        return self.recipe.model.model_name_or_path
 
 
 def recipe_for(model: str) -> Recipe:
@@ -79,7 +65,7 @@ def run_tests(path: Path, model: str, progress: Progress, *, journal: Path | Non
         )
     recipe = recipe_for(model)
     with open_journal(journal) as book:
-        measured = measure(Setting(recipe, constitution, book, progress), STAGE, load_engine(recipe, progress))
+        measured = measure(Judge(load_engine(recipe, progress), constitution, book, progress, STAGE, model=model))
     assert measured is not None, "there are tests"
     tests = [placed for placed in read(path).entries if placed.part == "tests"]
     for row, placed in zip(measured["by_test"], tests, strict=True):
@@ -102,20 +88,22 @@ def _by_principle(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 def results_as_text(found: dict[str, Any]) -> str:
     """Write what came out of the tests for people."""
-    tests, same, mass = found["tests"], found["same_position"], found["option_mass"]
+    tests, same, mass = found["tests"], found["same_position"] or {"count": 0, "n": 0}, found["option_mass"]
     most = f", mostly the {found['same_position_choice']}" if found["same_position_choice"] else ""
+    silent = f"; not answered: {found['abstained']}" if found["abstained"] else ""
     lines = [
         f"{found['constitution']}, judged by {found['model']}: {tests['correct']} of {tests['n']} tests right: "
         f"{_percent(tests)}",
-        f"  same position in both orders: {same['count']:.0f} of {same['n']}{most}; ties: {found['ties']}",
+        f"  same position in both orders: {same['count']:.0f} of {same['n']}{most}; ties: {found['ties']}{silent}",
     ]
-    if mass is not None:  # None where letters were read in written texts
+    if mass is not None:  # None where nothing was answered
         lines.append(f"  probability on the letters A and B: {mass['mean']:.2f} on average, {mass['min']:.2f} at least")
     lines.append("  by principle:")
     width = max(map(len, found["by_principle"]))
     for name, rate in found["by_principle"].items():
         lines.append(f"    {name:{width}}  {rate['count']:.0f} of {rate['n']}: {_percent(rate)}")
-    wrong = sorted((row for row in found["by_test"] if not row["correct"]), key=lambda row: float(row["strength"]))
+    answered = [row for row in found["by_test"] if row["abstained"] is None]
+    wrong = sorted((row for row in answered if not row["correct"]), key=lambda row: float(row["strength"]))
     if wrong:
         lines.append("  wrong, the surest first (logits for the worse answer):")
     lines += [f"    {row['place']}: {-row['strength']:.2f}: {' '.join(row['prompt'].split())[:60]}" for row in wrong]

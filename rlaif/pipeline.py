@@ -99,6 +99,12 @@ def _write_recipe(run: Run) -> None:
         "prompts": [str(path) for path in run.loaded.prompts],
     }
     resolved["human"]["files"] = [str(path) for path in run.loaded.human_files]
+    label, adapters = resolved["label"], run.loaded.adapters
+    label["candidate_files"] = [str(path) for path in run.loaded.candidate_files]
+    label["reference"] = None if run.loaded.reference is None else str(run.loaded.reference)
+    label["policies"] = [str(adapters.get(name, name)) for name in label["policies"]]
+    for one in label["judges"]:
+        one["adapter"] = str(adapters.get(one["adapter"], one["adapter"])) if one["adapter"] else None
     path = run.folder / "recipe.yaml"
     text = io.StringIO()
     yaml: Any = YAML(typ="safe", pure=True)

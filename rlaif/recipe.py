@@ -7,30 +7,24 @@ A recipe has general keys, then one section per stage, named as the stage. Model
 import difflib
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, Field, field_validator, model_validator
 
 from rlaif.documents import Document, find, load_yaml, validate
 from rlaif.endpoints import BASE, Endpoint
 from rlaif.errors import ConfigError
 from rlaif.filters import REASONS
 from rlaif.overrides import Overridden, override
+from rlaif.sections import Fraction, NonNegative, Positive, PositiveFloat, Section
+from rlaif.sections import LabelSection as LabelSection
+from rlaif.sections import SamplingSection as SamplingSection
+from rlaif.sections import WarmSamplingSection as WarmSamplingSection
 
 Stage = Literal["revise", "sft", "label", "reward", "ppo", "evaluate"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 # The keys of a section that name who answers: the base, or a name in `engines`.
 ENGINE_KEYS = {"revise": ("responder", "critic", "reviser"), "label": ("judge",), "evaluate": ("judge",)}
-Positive = Annotated[int, Field(gt=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-
-
-class Section(BaseModel):
-    """Base of all sections: unknown keys are refused."""
-
-    model_config = ConfigDict(extra="forbid")
 
 
 class ModelSection(Section):
@@ -54,20 +48,6 @@ class ModelSection(Section):
         if self.load_in_4bit and self.load_in_8bit:
             raise ValueError("load_in_4bit and load_in_8bit exclude each other; choose one")
         return self
-
-
-class SamplingSection(Section):
-    """How responses are drawn."""
-
-    max_new_tokens: Positive = 64
-    temperature: NonNegative = Field(0.7, description="0 is greedy")
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-
-
-class WarmSamplingSection(SamplingSection):
-    """How responses are drawn where variety is wanted: at temperature 1."""
-
-    temperature: NonNegative = Field(1.0, description="0 is greedy")
 
 
 class TrainingSection(Section):
@@ -124,21 +104,6 @@ class SftSection(TrainingSection):
     """Supervised fine-tuning on demonstrations."""
 
     heldout_fraction: Fraction = Field(0.1, description="share of demonstrations kept for the held-out loss")
-
-
-class LabelSection(Section):
-    """Where comparisons come from when `feedback` is `ai`."""
-
-    method: Literal["judge", "revision", "contrast"] = "judge"
-    judge: str = Field(BASE, description="who judges: `base`, or a name in `engines`")
-    sampling: WarmSamplingSection = WarmSamplingSection()
-    prompts_per_tag: dict[str, Positive] = {}
-    few_shot: int = Field(2, ge=0, description="worked comparisons of the constitution shown to the judge")
-    debias: Literal["logit", "probability"] = Field("logit", description="space in which both orders are averaged")
-    min_judge_accuracy: Fraction = Field(0.6, description="on the constitution's tests; below it `judge` stops")
-    allow_weak_judge: bool = Field(False, description="go on below min_judge_accuracy")
-    min_strength: NonNegative = Field(0.0, description="logits; weaker judgements are ties and are set aside")
-    batch_size: Positive = 16
 
 
 class HumanSection(Section):
@@ -270,12 +235,28 @@ class Recipe(Section):
         by_revision = self.feedback != "human" and self.label.method == "revision"
         if "label" in self.stages and by_revision and "revise" not in self.stages:
             raise ValueError("label.method `revision` needs the stage `revise` before it")
+        if "label" in self.stages and self.feedback != "human" and self.label.method == "judge":
+            self._candidates()
         return self
+
+    def _candidates(self) -> None:
+        """Refuse pairs from a stage that the recipe does not have."""
+        label = self.label
+        if label.candidates == "revision" and "revise" not in self.stages:
+            raise ValueError("label.candidates `revision` needs the stage `revise` before it")
+        used = {"sft"} & {
+            *(one.adapter for one in label.judges),
+            *(label.candidates == "policies" and label.policies or []),
+        }
+        if used and "sft" not in self.stages:
+            raise ValueError("label names the policy `sft`, and the recipe has no stage `sft`; add it or name another")
 
     def engines_of(self, stage: str) -> dict[str, str]:
         """Return the keys of a stage's section that name who answers, with the names."""
         section = getattr(self, stage)
-        return {key: getattr(section, key) for key in ENGINE_KEYS.get(stage, ())}
+        named = {key: getattr(section, key) for key in ENGINE_KEYS.get(stage, ())}
+        judges = enumerate(self.label.judges) if stage == "label" else ()
+        return named | {f"judges.{index}.engine": one.engine for index, one in judges if one.engine}
 
     def folder(self) -> Path:
         """Return the run folder."""
@@ -290,6 +271,9 @@ class Loaded(BaseModel):
     constitution: Path
     prompts: list[Path]
     human_files: list[Path]
+    candidate_files: list[Path] = []
+    reference: Path | None = None
+    adapters: dict[str, Path] = {}
 
 
 def load_recipe(path: Path, overrides: list[str] = []) -> Loaded:  # noqa: B006
@@ -315,6 +299,25 @@ def load_recipe(path: Path, overrides: list[str] = []) -> Loaded:  # noqa: B006
         constitution=find("constitutions", recipe.constitution, here),
         prompts=[find("prompts", name, here) for name in recipe.prompts],
         human_files=[find("recipes", name, here) for name in recipe.human.files],
+        candidate_files=[find("recipes", name, here) for name in recipe.label.candidate_files],
+        reference=find("recipes", recipe.label.reference, here) if recipe.label.reference else None,
+        adapters={name: _adapter(name, here) for name in _adapters_named(recipe.label)},
+    )
+
+
+def _adapters_named(label: LabelSection) -> list[str]:
+    named = [*label.policies, *(one.adapter or "base" for one in label.judges)]
+    return sorted(set(named) - {"base", "sft"})
+
+
+def _adapter(name: str, here: Path) -> Path:
+    """Return an adapter folder, beside the recipe or in the working folder."""
+    for root in (here, Path.cwd()):
+        if (root / name / "adapter_config.json").is_file():
+            return (root / name).resolve()
+    raise ConfigError(
+        f"label: no adapter in `{name}`; looked beside the recipe and in the working folder. Name `base`, `sft`, or a "
+        "folder that holds adapter_config.json."
     )
 
 

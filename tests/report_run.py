@@ -98,7 +98,20 @@ def make_labels(folder: Path, text: str) -> None:
         "chosen_longer": rate(301, 512, 0.545, 0.63), "same_position": None,
         "chosen_refuses": {"harmful": rate(230, 256, 0.855, 0.93)},
     }
-    quality = {"judge": judge, "min_judge_accuracy": 0.6, "judge_labels": False, "labels": labels}
+    between = {"between": ["safe" + text, "lawful"], **rate(30, 40, 0.6, 0.86), "kappa": 0.41}
+    agreeing = {"pairs_of_answers": 40, "alpha": 0.42, "mean_kappa": 0.41, "pairwise": [between]}
+    votes = {"votes": 80, "abstained": {"unreadable verdict" + text: 3}, "same_position": rate(20, 77, 0.18, 0.37),
+             "same_position_choice": "second", "mean_abs_bias": 0.62, "median_abs_strength": 0.2,
+             "option_mass": {"mean": 0.9, "min": 0.4}, "principles": agreeing, "judges": None}
+    known = {
+        "swap_test": {"rows": 4, "compared": 4, "max_error": 2e-9}, "votes": votes, "flagged": {"master key" + text: 2},
+        "gold": rate(3, 4, 0.3, 0.95), "attacks": {"n": 24, "flagged": 19, "won": rate(9, 24, 0.21, 0.57),
+        "won_unflagged": rate(3, 24, 0.04, 0.31), "without": rate(8, 24, 0.18, 0.53)},
+        "reference": {**rate(25, 40, 0.47, 0.76), "people_tied": 1, "labeller_undecided": 2,
+                      "rules": {"longer": rate(26, 40, 0.5, 0.78), "shorter": rate(14, 40, 0.22, 0.5),
+                                "refusal_words": rate(22, 40, 0.4, 0.69)}},
+    }
+    quality = {"judge": judge, "min_judge_accuracy": 0.6, "judge_labels": False, "labels": labels, **known}
     write_stage(folder, "label", 3, {"comparisons": 512, "ties": 31}, quality=quality)
 
 

@@ -3,6 +3,7 @@
 The stages' own code runs; only the model is missing.
 """
 
+import dataclasses
 import json
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,6 +17,8 @@ from rlaif.journal import Journal
 from rlaif.progress import Progress
 from rlaif.recipe import load_recipe
 from rlaif.stages.run import Run
+from rlaif.stages.verdicts import Judge
+from rlaif.stages.votes import settings_of
 
 CONSTITUTION = """\
 name: small
@@ -203,13 +206,20 @@ def make_run(
     def engine_of(_: Any, role: str, **settings: Any) -> ScriptedEngine | None:
         return engine[role] if isinstance(engine, dict) else engine
 
-    for module in ("run", "label", "evaluate"):
+    for module in ("run", "candidates", "evaluate"):
         monkeypatch.setattr(f"rlaif.stages.{module}.LocalEngine", engine_of)
     monkeypatch.setattr(Run, "load_base", lambda run: base)
     folder = tmp_path / "run"
     run = Run(load_recipe(tmp_path / "recipe.yaml"), folder, Journal(folder / "journal.db"), Said())
     weakref.finalize(run, run.journal.close)
     return run
+
+
+def judge_of(run: Run, engine: ScriptedEngine, **changed: Any) -> Judge:
+    """Return the first judge of a run's recipe, with an engine of one's own."""
+    settings = dataclasses.replace(settings_of(run.recipe.label, run.recipe.label.panel()[0]), **changed)
+    model = run.recipe.model.model_name_or_path
+    return Judge(engine, run.constitution, run.journal, run.progress, "label", settings, model)
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:

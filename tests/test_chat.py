@@ -203,6 +203,12 @@ def test_an_option_of_another_length_is_refused(chat, option, count):
         chat.option(option)
 
 
+def test_a_number_may_take_several_tokens_and_a_letter_may_not(chat):
+    assert chat.option_ids("A") == byte_ids("A", 3) and chat.option_ids("10") == byte_ids("10", 3)
+    with pytest.raises(ModelError, match="the option `é` takes 2 tokens"):
+        chat.option_ids("é")
+
+
 # --- tokenizers that cannot be used --------------------------------------------------------------------------------
 
 

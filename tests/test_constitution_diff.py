@@ -1,5 +1,6 @@
 """What changed between two constitutions, and what a run would do again: counted, then compared with doing it."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -118,8 +119,9 @@ def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         for old, new in zip(words[::2], words[1::2], strict=True):
             assert old in text
             text = text.replace(old, new, 1)
-        options = {**SETTINGS, **settings, "label": {"method": method, "allow_weak_judge": True, "few_shot": 1}}
-        first = make_run(tmp_path, monkeypatch, ScriptedEngine(_write, prefers("good", 1.0)), **options)
+        labels = {"method": method, "allow_weak_judge": True, "few_shot": 1, **settings.pop("label", {})}
+        options = {**SETTINGS, **settings, "label": labels}
+        first = make_run(tmp_path, monkeypatch, ScriptedEngine(_write, _vote), **options)
         (tmp_path / "old.yaml").write_text(CONSTITUTION)
         (tmp_path / "new.yaml").write_text(text)
         _write_recipe(first)
@@ -128,16 +130,24 @@ def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         old, new = load(tmp_path / "old.yaml"), load(tmp_path / "new.yaml")
         counted = redone(tmp_path / "run", old, new)
         first.journal.close()
-        engine = ScriptedEngine(_write, prefers("good", 1.0))
+        engine = ScriptedEngine(_write, _vote)
         second = make_run(tmp_path, monkeypatch, engine, constitution=text, **options)
         revise(second)
         chains = {name.split("/")[0] for name in engine.ids() if "/critique-0" in name or "/revise-0" in name}
         engine.calls.clear()
         label(second)
-        asked = {name.split("/")[0] for name in engine.ids() if not name.startswith("test-")}
+        asked = {re.split("[/@~]", name)[0] for name in engine.ids()} & {row["id"] for row in MANY}
         return counted, chains, asked
 
     return twice
+
+
+def _vote(question):
+    """Prefer the answer with `good` in it; rate it 9, and others 2."""
+    if len(question.options) == 2:
+        return prefers("good", 1.0)(question)
+    rating = "9" if ' good"' in question.messages[-1]["content"] else "2"
+    return [-0.1 if option == rating else -9.0 for option in question.options]
 
 
 def _write(question):
@@ -190,6 +200,31 @@ def test_votes_of_a_judge_follow_the_comparison_question(made):
     # The first worked comparison is put under that principle too, so every vote is shown it.
     assert counted["votes"]["again"] == counted["votes"]["all"] == len(asked) == 30
     assert counted["votes"]["reasons"] == {"its principle is reworded": 12, "the worked comparisons changed": 18}
+
+
+@pytest.mark.parametrize(
+    ("label", "old", "new", "reason", "again", "pairs"),
+    [
+        ({"principles": "all"}, "keeps the law.", "follows the law.", "its principle is reworded", 18, 18),
+        ({"principles": "together"}, "keeps the law.", "follows the law.", "its principle is reworded", 18, 18),
+        ({"principles": "together"}, "applies_to: [ordinary]", "applies_to: []", "other principles apply", 18, 18),
+        (
+            {"judge_method": "rating"},
+            "The answer helps.",
+            "The answer is of help.",
+            "its principle is reworded",
+            12,
+            12,
+        ),
+        ({"judge_method": "rating"}, "Which one helps more?", "Which one is better?", "", 0, 0),
+    ],
+)
+def test_votes_follow_what_their_way_of_judging_shows(made, label, old, new, reason, again, pairs):
+    rated = {"label": {"few_shot": 0, **label}, "revise": {"few_shot": 0, "filters": ["empty"]}}
+    counted, chains, asked = made("judge", old, new, **rated)
+    assert counted["votes"]["again"] == sum(counted["votes"]["reasons"].values()) == again
+    assert counted["votes"]["reasons"] == ({reason: again} if again else {})
+    assert len(asked) == pairs
 
 
 def test_votes_on_a_policy_that_is_trained_again_are_new(made, tmp_path):

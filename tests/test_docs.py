@@ -117,8 +117,9 @@ def keys_of(model: type[BaseModel], default: Any = PydanticUndefined, prefix: st
             yield from keys_of(kind, value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
-            if get_origin(kind) is dict and isinstance(inner[1], type) and issubclass(inner[1], BaseModel):
-                yield from keys_of(inner[1], PydanticUndefined, f"{prefix}{name}.NAME.")
+            if get_origin(kind) in (dict, list) and isinstance(inner[-1], type) and issubclass(inner[-1], BaseModel):
+                item = ".NAME." if get_origin(kind) is dict else "[]."
+                yield from keys_of(inner[-1], PydanticUndefined, f"{prefix}{name}{item}")
 
 
 def written(default: Any) -> str:
@@ -159,7 +160,7 @@ def test_every_yaml_example_is_a_valid_recipe_or_constitution(tmp_path: Path) ->
     for index, (page, body) in enumerate(yaml_blocks()):
         path = tmp_path / f"{page}-{index}.yaml"
         path.write_text(body)
-        if "principles:" in body:
+        if "\nprinciples:" in body:
             kinds.append("constitution")
             assert constitutions.load(path).tests
         else:

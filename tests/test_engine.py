@@ -171,8 +171,8 @@ class LettersAsTokens:
     def prompt(self, messages: Sequence[Any]) -> list[int]:
         return [ord(letter) for turn in messages for letter in turn["content"]]
 
-    def option(self, text: str) -> int:
-        return ord(text)
+    def option_ids(self, text: str) -> list[int]:
+        return [ord(letter) for letter in text]
 
     def decode(self, ids: Sequence[int]) -> str:
         return "".join(map(chr, ids))

@@ -6,13 +6,15 @@ from pathlib import Path
 
 import oracles
 import pytest
-from scripted import CONSTITUTION, PROMPTS, ScriptedEngine, make_run, prefers
+from scripted import CONSTITUTION, PROMPTS, ScriptedEngine, judge_of, make_run, prefers
 
 from rlaif.documents import shipped
 from rlaif.engines.engine import Question
+from rlaif.prompting import load_template
 from rlaif.report.reading import Judge
-from rlaif.stages.judge import Pair, Verdict, judge, measure, positions, worked_comparisons
-from rlaif.stages.run import Run, templates
+from rlaif.stages.judge import judge, measure, positions, worked_comparisons
+from rlaif.stages.run import Run
+from rlaif.stages.verdicts import Abstention, Pair, Verdict
 
 Maker = Callable[..., Run]
 EXACT = pytest.approx
@@ -25,7 +27,8 @@ def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Maker:
 
 def verdict_of(run: Run, engine: ScriptedEngine, first: str = "good", second: str = "bad", id: str = "p") -> Verdict:
     pair = Pair(id, "Q?", first, second, run.constitution.principle("useful"))
-    (verdict,) = judge(run, "label", engine, [pair], "judge")
+    (verdict,) = judge(judge_of(run, engine), [pair], "judge")
+    assert isinstance(verdict, Verdict)
     return verdict
 
 
@@ -37,7 +40,7 @@ def test_a_judge_that_always_takes_the_first_prefers_nothing(make: Maker) -> Non
     verdict = verdict_of(run, engine)
     assert (verdict.preference, verdict.strength) == (0.5, 0.0)
     assert verdict.bias == EXACT(math.log(3)) and verdict.mass == EXACT(1.0)
-    measured = measure(run, "label", engine)
+    measured = measure(judge_of(run, engine))
     assert measured is not None
     assert (measured["same_position"]["rate"], measured["same_position_choice"]) == (1.0, "first")
     assert (measured["tests"]["correct"], measured["tests"]["rate"]) == (0, 0.0)
@@ -45,7 +48,7 @@ def test_a_judge_that_always_takes_the_first_prefers_nothing(make: Maker) -> Non
 
 def test_a_judge_that_always_takes_the_second_is_seen_to_do_so(make: Maker) -> None:
     run, engine = make(), ScriptedEngine(choose=lambda question: (-2.0, -0.5))
-    measured = measure(run, "label", engine)
+    measured = measure(judge_of(run, engine))
     assert measured is not None
     assert (measured["same_position"]["count"], measured["same_position_choice"]) == (4, "second")
 
@@ -100,7 +103,7 @@ def test_each_pair_is_asked_in_both_orders_and_gets_its_own_verdict(make: Maker)
         Pair("b", "Q?", "bad", "good", principle),
         Pair("c", "Q?", "good", "poor", principle),
     ]
-    verdicts = judge(run, "label", engine, pairs, "judge")
+    verdicts = judge(judge_of(run, engine), pairs, "judge")
     assert [round(verdict.strength, 6) for verdict in verdicts] == [1.0, -1.0, 1.0]
     assert engine.ids() == ["a/given", "a/swapped", "b/given", "b/swapped", "c/given", "c/swapped"]
     assert {question.options for question in engine.asked} == {("A", "B")}
@@ -112,9 +115,19 @@ def test_each_pair_is_asked_in_both_orders_and_gets_its_own_verdict(make: Maker)
     assert swapped == given.replace("good", "x").replace("bad", "good").replace("x", "bad", 1)
 
 
+def test_a_judge_that_does_not_answer_a_or_b_abstains(make: Maker) -> None:
+    run, engine = make(), ScriptedEngine(choose=lambda question: (-6.0, -7.0))  # 0.0034 on both letters
+    pair = Pair("p", "Q?", "good", "bad", run.constitution.principle("useful"))
+    (opinion,) = judge(judge_of(run, engine), [pair], "judge")
+    assert opinion == Abstention("too little probability on the options", ([-6.0, -7.0], [-6.0, -7.0]))
+    measured = measure(judge_of(run, engine))
+    assert measured is not None
+    assert (measured["abstained"], measured["tests"]["correct"], measured["option_mass"]) == (4, 0, None)
+
+
 def test_no_pairs_ask_nothing(make: Maker) -> None:
-    engine = ScriptedEngine()
-    assert judge(make(), "label", engine, [], "judge") == [] and engine.calls == []
+    engine, run = ScriptedEngine(), make()
+    assert judge(judge_of(run, engine), [], "judge") == [] and engine.calls == []
 
 
 # --- worked comparisons ---------------------------------------------------------------------------------------------
@@ -141,7 +154,7 @@ def test_shipped_worked_comparisons_each_name_a_principle_that_decides_them(name
         "helpful-honest": ["correct-over-confident", "concrete-steps", "correct-false-premises"],
     }
     assert [example.principle for example in run.constitution.comparisons] == expected[name]
-    turns = worked_comparisons(run, templates("compare")["compare"])
+    turns = worked_comparisons(judge_of(run, ScriptedEngine()), load_template("compare"))
     for turn, identifier in zip(turns[::2], expected[name], strict=True):
         assert run.constitution.principle(identifier).comparison_question() in turn["content"]
 
@@ -158,7 +171,7 @@ def test_the_judge_is_measured_on_the_constitutions_tests(make: Maker) -> None:
         return logit / 2 - 2.0, -logit / 2 - 2.0
 
     run = make()
-    measured = measure(run, "label", ScriptedEngine(choose=choose))
+    measured = measure(judge_of(run, ScriptedEngine(choose=choose)))
     assert measured is not None
     rows = measured["by_test"]
     assert [row["strength"] for row in rows] == EXACT([1.0, -0.2, 0.3, -2.0])
@@ -179,7 +192,7 @@ def test_the_judge_is_measured_on_the_constitutions_tests(make: Maker) -> None:
 def test_a_test_is_judged_under_its_principle_or_the_first(make: Maker) -> None:
     engine = ScriptedEngine()
     run = make()
-    measure(run, "label", engine)
+    measure(judge_of(run, engine))
     asked = {question.item_id: question.messages[-1]["content"] for question in engine.asked}
     assert len(asked) == 8
     for identifier, words in (
@@ -191,15 +204,17 @@ def test_a_test_is_judged_under_its_principle_or_the_first(make: Maker) -> None:
 
 
 def test_a_constitution_without_tests_measures_nothing(make: Maker) -> None:
-    engine = ScriptedEngine()
-    assert measure(make(constitution=CONSTITUTION.partition("tests:")[0]), "label", engine) is None
+    engine, run = ScriptedEngine(), make(constitution=CONSTITUTION.partition("tests:")[0])
+    assert measure(judge_of(run, engine)) is None
     assert engine.calls == []
 
 
 def test_a_judge_is_measured_once_for_any_threshold(make: Maker) -> None:
-    first = measure(make(), "label", ScriptedEngine(choose=prefers("good", 1.0)))
+    run = make()
+    first = measure(judge_of(run, ScriptedEngine(choose=prefers("good", 1.0))))
     engine = ScriptedEngine()
-    assert measure(make(label={"min_judge_accuracy": 0.9}, prompts=PROMPTS[:2]), "label", engine) == first
+    again = make(label={"min_judge_accuracy": 0.9}, prompts=PROMPTS[:2])
+    assert measure(judge_of(again, engine)) == first
     assert engine.calls == []
 
 

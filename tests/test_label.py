@@ -116,6 +116,7 @@ def test_a_judged_row_says_where_it_came_from(make: Maker) -> None:
     principle = run.constitution.principle("useful")
     assert row.provenance == {
         "prompt_id": "o2",
+        "samples": [0, 1],
         "constitution": "small 2",
         "constitution_hash": run.constitution.hash_of("principles", "examples", "comparisons"),
         "principle": "useful",
@@ -148,7 +149,8 @@ def test_answers_that_cannot_be_compared_are_not_shown_to_the_judge(make: Maker)
         ("h3", "empty"),
         ("o1", "tie"),
     ]
-    assert engine.ids("given")[4:] == ["o1/given", "o2/given"]
+    compared = {name.split("/")[0] for name in engine.ids("given")}
+    assert {name for name in compared if name[0] in "ho"} == {"o1", "o2"}
 
 
 def test_the_policy_writes_and_the_base_judges(make: Maker, tmp_path: Path) -> None:
@@ -208,7 +210,7 @@ def test_a_judge_at_its_floor_is_good_enough(least: float, stops: bool, make: Ma
         with pytest.raises(StageError, match="got 2 of 4 tests"):
             label.label(run)
     else:
-        assert labelled(run)[2].judge_labels and said(run) == ""
+        assert labelled(run)[2].judge_labels and "warning" not in said(run)
 
 
 def test_a_weak_judge_that_is_allowed_goes_on_with_a_warning(make: Maker) -> None:

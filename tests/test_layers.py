@@ -32,6 +32,8 @@ PLAIN = {
     "markdown",
     "prompting",
     "recipe",
+    "sections",
+    "steering",
     "filters",
     "files",
     "journal",

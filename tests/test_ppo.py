@@ -33,7 +33,7 @@ def ones(prompts, completions, **columns):
 @pytest.fixture
 def functions(monkeypatch):
     known = {"small_letters": small_letters, "ones": ones}
-    monkeypatch.setattr(actors_module, "find_function", known.__getitem__)
+    monkeypatch.setattr("rlaif.stages.judged_reward.find_function", known.__getitem__)
 
 
 @pytest.fixture
@@ -319,6 +319,19 @@ def test_scores_of_a_function_have_mean_0_and_deviation_1_in_the_first_rollout_a
     mean = sum(letters[:4]) / 4
     deviation = (sum((value - mean) ** 2 for value in letters[:4]) / 4) ** 0.5
     assert scores_of(run) == pytest.approx([(value - mean) / deviation for value in letters], abs=1e-5)
+
+
+def test_the_judges_rating_can_be_the_reward_and_is_asked_once_for_each_response(opened):
+    """The tiny model rates as the base role, with nearly nothing on the numbers: the floor is taken away."""
+    run = opened(reward_function="judge", updates=2, sections={"label": {"min_option_mass": 0.0}})
+    ppo.ppo(run)
+    first = metrics(run)[0]
+    assert first["rollout/score"] == pytest.approx(0.0, abs=1e-5)
+    assert first["rollout/score_std"] == pytest.approx(1.0, abs=1e-3)
+    kept = [unit for unit in run.journal.known("ppo").values() if "/reward/" in unit.item_id]
+    assert {len(unit.result["logprobs"]) for unit in kept} == {10}
+    with pytest.raises(StageError, match="did not rate a response: too little probability on the options"):
+        ppo.ppo(opened("strict", reward_function="judge", sections={"label": {"min_option_mass": 0.9}}))
 
 
 def test_a_constant_score_is_not_divided_by_the_rounding_of_its_mean(opened, functions):

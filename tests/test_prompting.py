@@ -16,6 +16,7 @@ from rlaif.prompting import Template, load_template, sandbox
 
 GOLDEN = Path(__file__).parent / "golden"
 SHIPPED = sorted(path.stem for path in shipped("prompts").glob("*.jinja"))
+NAMES = ["compare", "contrast", "critique", "gather", "propose", "rate", "revise", "weigh"]
 ANSWER = "Put it into boiling water\nfor eight minutes."
 VALUES = {
     "compare": {
@@ -26,11 +27,19 @@ VALUES = {
     },
     "contrast": {"principles": "- The answer is kind.\n- The answer is true."},
     "critique": {"prompt": "How do I boil an egg?", "response": ANSWER, "request": "Say what is missing."},
+    "gather": {"principles": "- The answer is kind.\n- The answer is true."},
     "propose": {
         "prompt": "How do I boil an egg?",
         "first": ANSWER,
         "second": "I can't talk about boiling.",
         "better": "A",
+    },
+    "rate": {"prompt": "How do I boil an egg?", "response": ANSWER, "principle": "The answer helps."},
+    "weigh": {
+        "prompt": "How do I boil an egg?",
+        "first": "Put it into boiling water for eight minutes.",
+        "second": "I can't talk about boiling.",
+        "question": "Which answer helps more?",
     },
     "revise": {
         "prompt": "How do I boil an egg?",
@@ -81,11 +90,7 @@ def test_shipped_templates_render_as_their_golden_files(name: str) -> None:
 
 
 def test_every_shipped_template_has_a_golden_file_and_is_named_by_its_verb() -> None:
-    assert (
-        SHIPPED
-        == ["compare", "contrast", "critique", "propose", "revise"]
-        == sorted(path.stem for path in GOLDEN.glob("*.txt"))
-    )
+    assert SHIPPED == NAMES == sorted(path.stem for path in GOLDEN.glob("*.txt"))
     assert all(template.name == name for name, template in TEMPLATES.items())
 
 

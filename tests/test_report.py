@@ -198,6 +198,12 @@ def test_the_labeller_and_the_reward_model_are_said_in_plain_sentences(tmp_path:
     assert "floor of 60 % was not met" in labels and "mostly the first one" in labels
     assert "The labels do not come from this judge but from the revisions" in labels
     assert "The 3 of 10 tests that the judge got wrong" in labels
+    assert "Of 4 pairs with a known outcome planted among the others, the labeller got 75 % [30, 95] right." in labels
+    assert "Of 24 answers that try to steer the judge, 38 % [21, 57] beat the better answer" in labels
+    assert "[4, 31] won without being flagged; the same answers as they are win in 33 % [18, 53]" in labels
+    assert "labels agree with theirs in 62 % [47, 76]. The interval does not lie above the best simple rule" in labels
+    assert "safe, lawful75 % [60, 86]0.41" in labels and "Krippendorff’s alpha 0.42" in labels
+    assert "Left out: 1 on which people were tied, 2 on which the labeller was undecided" in labels
     reward = plain(page.sections["reward"])
     assert "prefers the chosen answer in 78 % [69, 85]." in reward
     assert "Its interval lies above the best simple rule, \u201cthe one that refuses\u201d, at 66 %." in reward

@@ -3,13 +3,14 @@
 from pathlib import Path
 
 import pytest
-from scripted import CONSTITUTION, ScriptedEngine, make_run, prefers, usual
+from scripted import CONSTITUTION, ScriptedEngine, judge_of, make_run, prefers, usual
 
 from rlaif.constitution import Constitution, load
 from rlaif.requests import plain_turns, requests_of, worked_comparisons, worked_examples
-from rlaif.stages.judge import Pair, judge
+from rlaif.stages.judge import judge
 from rlaif.stages.revise import revise
 from rlaif.stages.run import templates
+from rlaif.stages.verdicts import Pair
 
 
 @pytest.fixture
@@ -75,7 +76,7 @@ def test_a_stage_asks_what_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     )
     assert asked["h1/critique-0"] == shown["critique"]
     assert asked["h1/revise-0"] == shown["revise"]
-    judge(run, "label", engine, [Pair("x", prompt.prompt, texts["response"], "good", principle)], "judge")
+    judge(judge_of(run, engine), [Pair("x", prompt.prompt, texts["response"], "good", principle)], "judge")
     assert engine.asked[-2].messages == shown["compare"]
 
 

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CONSTITUTIONS = sorted(shipped("constitutions").glob("*.yaml"))
 RECIPES = sorted(shipped("recipes").glob("*.yaml"))
 TEMPLATES = sorted(shipped("prompts").glob("*.jinja"))
-PROMPT_SETS = sorted(shipped("prompts").glob("*.jsonl"))
+PROMPT_SETS = sorted(set(shipped("prompts").glob("*.jsonl")) - {shipped("prompts") / "attacks.jsonl"})
 TAGS = {"harmful", "ordinary", "lookalike"}
 
 
@@ -57,7 +57,7 @@ def triples(text: str) -> set[tuple[str, ...]]:
 def test_the_shipped_files_are_those_of_the_repository() -> None:
     assert names(CONSTITUTIONS) == ["harmless", "helpful-honest"]
     assert names(RECIPES) == ["human", "known-reward", "quickstart"]
-    assert names(TEMPLATES) == ["compare", "contrast", "critique", "propose", "revise"]
+    assert names(TEMPLATES) == ["compare", "contrast", "critique", "gather", "propose", "rate", "revise", "weigh"]
     assert set(names(PROMPT_SETS)) == TAGS
 
 

@@ -6,6 +6,7 @@ from typing import Any
 from rlaif.engines.engine import Answer, Answered, Question
 from rlaif.errors import DataError
 from rlaif.model import sampling
+from rlaif.model.options import option_logprobs
 from rlaif.model.roles import SharedBase
 
 
@@ -67,8 +68,8 @@ class LocalEngine:
         first = batch[0]
         with self._base.acting_as(self._role):
             if first.options:
-                options = [tokenizer.option(option) for option in first.options]
-                rows = sampling.next_logprobs(self._base, prompts, options).tolist()
+                options = [tokenizer.option_ids(option) for option in first.options]
+                rows = option_logprobs(self._base, prompts, options).tolist()
                 return [Answer(logprobs=tuple(row), tokens=len(p)) for row, p in zip(rows, prompts, strict=True)]
             samples = sampling.sample(
                 self._base,

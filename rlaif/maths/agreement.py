@@ -4,7 +4,8 @@ Intervals are 95 % unless said otherwise. What a single row cannot tell is None,
 """
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Hashable, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -235,3 +236,66 @@ def _finite(x: Sequence[float] | NDArray[np.float64]) -> NDArray[np.float64]:
     if not np.isfinite(numbers).all():
         raise ValueError("a number is not finite; finite numbers are expected")
     return numbers
+
+
+def expected_rating(logprobs: Sequence[float]) -> tuple[float | None, float]:
+    """Return the expected value of a rating 1, 2, ... n from the log-probabilities of the numbers, and their mass.
+
+    ``s = sum_i i P(i) / sum_i P(i)``, with ``sum_i P(i)`` as the mass; the value is None where there is no mass.
+    """
+    probabilities = [math.exp(one) for one in logprobs]
+    mass = math.fsum(probabilities)
+    if not mass > 0:
+        return None, 0.0
+    return math.fsum(number * p for number, p in enumerate(probabilities, start=1)) / mass, mass
+
+
+def rescaled_rating(rating: float) -> float:
+    """Move a rating from 1..10 to -1..1."""
+    return (rating - 5.5) / 4.5
+
+
+def cohen_kappa(a: Sequence[Hashable], b: Sequence[Hashable]) -> float | None:
+    """Return Cohen's kappa (1960) of two raters of the same items: agreement beyond that of their marginals.
+
+    Returns:
+        1 for full agreement, 0 for chance; None where there are no items or both always said the same one thing,
+        which leaves no disagreement to compare with.
+
+    Raises:
+        ValueError: the lengths differ.
+    """
+    if len(a) != len(b):
+        raise ValueError(f"{len(a)} labels against {len(b)}; labels of the same items are expected")
+    n = len(a)
+    if n == 0:
+        return None
+    counts_a, counts_b = Counter(a), Counter(b)
+    chance = sum(counts_a[label] * counts_b[label] for label in counts_a) / (n * n)
+    if chance == 1:
+        return None
+    agreed = sum(x == y for x, y in zip(a, b, strict=True)) / n
+    return (agreed - chance) / (1 - chance)
+
+
+def krippendorff_alpha(items: Sequence[Sequence[Hashable | None]]) -> float | None:
+    """Return Krippendorff's alpha for nominal labels (Krippendorff 2011, "Computing Krippendorff's alpha-reliability").
+
+    Args:
+        items: for each item the label of every rater, None where a rater gave none.
+
+    Returns:
+        ``1 - D_observed / D_expected``; None where no item has two labels, or all labels are one and the same.
+    """
+    pairable = [Counter(label for label in item if label is not None) for item in items]
+    pairable = [counts for counts in pairable if counts.total() > 1]
+    totals: Counter[Hashable] = sum(pairable, Counter())
+    n = totals.total()
+    expected = n * n - sum(count * count for count in totals.values())
+    if not expected:
+        return None
+    observed = sum(
+        (counts.total() ** 2 - sum(count * count for count in counts.values())) / (counts.total() - 1)
+        for counts in pairable
+    )
+    return 1 - (n - 1) * observed / expected

@@ -118,6 +118,16 @@ class ChatTokenizer:
             raise ModelError(f"model `{self.name}`: the option `{text}` takes {len(ids)} tokens; one is needed.")
         return ids[0]
 
+    def option_ids(self, text: str) -> list[int]:
+        """Return the tokens of an option at the start of an answer; a label of one character must be a single token.
+
+        A number such as ``10`` may take one token for each digit.
+
+        Raises:
+            ModelError: a label of one character takes several tokens.
+        """
+        return [self.option(text)] if len(text) == 1 else self._data_ids(text)
+
     def show(self, messages: Messages) -> str:
         """Return the conversation as the model is shown it, control tokens visible."""
         return self._render(messages, True, False)

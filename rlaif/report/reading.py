@@ -7,42 +7,19 @@ more. A stage has run when its folder holds ``manifest.json``, which each stage 
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 
 from rlaif.documents import load_yaml, read_text
 from rlaif.errors import DataError
 from rlaif.records import read_jsonl
+from rlaif.report.labels import Judge as Judge
+from rlaif.report.labels import Mean, Part, Rate
+from rlaif.report.labels import Quality as Quality
 
 STAGES = ("revise", "sft", "label", "reward", "ppo", "evaluate")
 Metrics = list[dict[str, Any]]
-
-
-class Part(BaseModel):
-    """Base of all models of files: unknown keys are ignored."""
-
-    model_config = ConfigDict(extra="ignore", protected_namespaces=())
-
-
-class Rate(Part):
-    """`count` of `n`, with an interval; the numbers are None where n is 0."""
-
-    n: int
-    count: float | None = Field(None, validation_alias=AliasChoices("count", "correct"))
-    rate: float | None
-    low: float | None
-    high: float | None
-
-
-class Mean(Part):
-    """A mean over `n` responses, with an interval."""
-
-    n: int
-    mean: float | None
-    std: float | None = None
-    low: float | None
-    high: float | None
 
 
 class Manifest(Part):
@@ -76,62 +53,6 @@ class Chain(Part):
     steps: list[Step]
     kept: bool
     reason: str | None = None
-
-
-class JudgeTest(Part):
-    """What the judge said about one test of the constitution."""
-
-    prompt: str
-    better: str
-    worse: str
-    strength: float | None
-    bias: float | None
-    correct: bool
-
-
-class Mass(Part):
-    """Probability that the judge's next token is one of the two options."""
-
-    mean: float | None
-    min: float | None
-
-
-class Judge(Part):
-    """The judge, measured on the constitution's tests."""
-
-    model: str
-    method: str
-    tests: Rate
-    same_position: Rate | None
-    same_position_choice: Literal["first", "second"] | None = None
-    mean_abs_bias: float | None
-    median_abs_strength: float | None
-    option_mass: Mass | None = None
-    by_test: list[JudgeTest] = []
-
-
-class Labels(Part):
-    """The comparisons that the label stage made."""
-
-    method: str
-    comparisons: int
-    ties: int
-    unused: dict[str, int] = {}
-    by_tag: dict[str, int] = {}
-    chosen_longer: Rate
-    chosen_refuses: dict[str, Rate] = {}
-    mean_preference: float | None
-    same_position: Rate | None = None
-    same_position_choice: Literal["first", "second"] | None = None
-
-
-class Quality(Part):
-    """``quality.json`` of the label stage."""
-
-    judge: Judge | None
-    min_judge_accuracy: float | None = None
-    judge_labels: bool
-    labels: Labels
 
 
 class RewardEvaluation(Part):

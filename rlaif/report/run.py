@@ -18,13 +18,13 @@ from rlaif.errors import DataError
 from rlaif.prompting import sandbox
 from rlaif.report import curves, wording
 from rlaif.report.charts import Bar, interval_chart
+from rlaif.report.labels import Rate
 from rlaif.report.reading import (
     STAGES,
     Chain,
     Difference,
     PpoSample,
     Quality,
-    Rate,
     Results,
     RewardEvaluation,
     Run,
@@ -137,12 +137,14 @@ def _bar(label: str, value: Rate, colour: int = 0) -> Bar:
 def _of_labels(quality: Quality, people: bool) -> dict[str, Any]:
     """Return sentences and a chart about the judge, the tests it got wrong, and the tags of labels."""
     judge = quality.judge
-    bars = [_bar("judge", judge.tests)] if judge else []
+    bars = [_bar("judges" if judge.judges else "judge", judge.tests)] if judge else []
+    bars += [_bar(one.name, one.tests, 3) for one in (judge.judges if judge else [])]
     tests = "Accuracy of the judge on the constitution\u2019s tests, with its 95 % interval"
     return {
-        "judge_findings": wording.judge_findings(quality, people=people),
+        "judge_findings": wording.judge_findings(quality, people=people) + wording.label_findings(quality),
         "judge_chart": interval_chart([("", bars)], title=tests, reference=(0.5, "chance")),
         "wrong_tests": [test for test in judge.by_test if not test.correct] if judge else [],
+        "rules": wording.RULES,
         "label_tags": wording.in_order({*quality.labels.by_tag, *quality.labels.chosen_refuses}),
     }
 

@@ -10,7 +10,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rlaif.report.charts import short
-from rlaif.report.reading import Difference, Mean, Quality, Rate, Results, RewardEvaluation, WinRate
+from rlaif.report.labels import Mean, Quality, Rate
+from rlaif.report.reading import Difference, Results, RewardEvaluation, WinRate
 
 NONE = "\u2013"
 POLICIES = {"base": "the base model", "sft": "SFT", "ppo": "PPO"}
@@ -18,7 +19,7 @@ SHORT_POLICIES = {"base": "base", "sft": "SFT", "ppo": "PPO"}
 TAGS = {"lookalike": "look-alike"}
 RULES = {"longer": "the longer one", "shorter": "the shorter one", "refusal_words": "the one that refuses"}
 METHODS = {
-    "judge": "the judge\u2019s choice between two sampled answers, asked in both orders",
+    "judge": "the judge\u2019s choice between two answers",
     "revision": "the revisions: a revised answer beats the one before it, a plain answer a needless refusal",
     "contrast": "contrast: an answer written under the constitution beats one written without it",
     "human": "people",
@@ -190,6 +191,33 @@ def judge_findings(quality: Quality, *, people: bool = False) -> list[str]:
     swapped = f"With the answers swapped, it named the same place again in {rate(same)} of the tests{which}."
     own = "come from" if quality.judge_labels else "do not come from this judge but from"
     return [says, swapped, f"The labels {own} {source}."]
+
+
+def label_findings(quality: Quality) -> list[str]:
+    """Say what known outcomes, steering attempts and people say of the labels; nothing where none of them was tried."""
+    sentences = []
+    if quality.gold is not None:
+        sentences.append(
+            f"Of {count(quality.gold.n)} pairs with a known outcome planted among the others, the labeller got "
+            f"{rate(quality.gold)} right."
+        )
+    if quality.attacks is not None:
+        tried = quality.attacks
+        sentences.append(
+            f"Of {count(tried.n)} answers that try to steer the judge, {rate(tried.won)} beat the better answer, "
+            f"and {rate(tried.won_unflagged)} won without being flagged; the same answers as they are win in "
+            f"{rate(tried.without)}."
+        )
+    found = quality.reference
+    if found is not None and found.rules:
+        best = max(found.rules, key=lambda name: found.rules[name].rate or 0.0)
+        above = found.low is not None and found.low > (found.rules[best].rate or 0.0)
+        sentences.append(
+            f"On {count(found.n)} pairs that people labelled, labels agree with theirs in {rate(found)}. The interval "
+            f"{'lies above' if above else 'does not lie above'} the best simple rule, \u201c{RULES[best]}\u201d, at "
+            f"{percent(found.rules[best].rate)}."
+        )
+    return sentences
 
 
 def reward_findings(evaluation: RewardEvaluation) -> list[str]:

@@ -14,7 +14,8 @@ from rlaif.model.sampling import Batch
 from rlaif.recipe import PpoSection
 from rlaif.records import Prompt
 from rlaif.stages.checkpoints import CRITIC, POLICY
-from rlaif.stages.rewards import RewardFunction, call_function, find_function
+from rlaif.stages.judged_reward import reward_function
+from rlaif.stages.rewards import RewardFunction, call_function
 from rlaif.stages.run import Run
 
 REFERENCE, REWARD = "reference", "reward"
@@ -49,7 +50,7 @@ def assign_roles(run: Run) -> Actors:
     own_critic = settings.critic == "adapter" or (settings.critic == "auto" and base.device.type == "cuda")
     actors = Actors(base, settings, REFERENCE if has_sft else BASE, own_critic, None)
     if settings.reward_function:
-        actors.function = find_function(settings.reward_function)
+        actors.function = reward_function(run, base, "ppo")
     else:
         measured = json.loads(run.output("reward", "evaluation.json").read_text(encoding="utf-8"))
         refuse_weak_reward(run, measured)

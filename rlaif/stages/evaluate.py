@@ -22,10 +22,12 @@ from rlaif.maths import agreement
 from rlaif.model import sampling
 from rlaif.model.roles import BASE, SharedBase
 from rlaif.records import Prompt
-from rlaif.stages.judge import Pair, judge
+from rlaif.stages.judge import judge
+from rlaif.stages.judged_reward import reward_function, reward_inputs
 from rlaif.stages.revise import question
-from rlaif.stages.rewards import call_function, find_function
+from rlaif.stages.rewards import call_function
 from rlaif.stages.run import Run, path_sha256, templates
+from rlaif.stages.verdicts import Judge, JudgeSettings, Pair, Verdict
 
 NAME = "evaluate"
 REWARD = "reward"
@@ -68,7 +70,7 @@ def inputs(run: Run) -> dict[str, str]:
         },
         constitution=run.constitution.hash_of("principles", "comparisons"),
         judge=[run.recipe.label.few_shot, run.recipe.label.debias],
-        reward_function=run.recipe.ppo.reward_function,
+        reward_function=[run.recipe.ppo.reward_function, reward_inputs(run)],
         prompts=run.prompts_hash(run.select("eval", settings.prompts_per_tag)),
         templates=[templates("compare")["compare"].hash],
         engines=run.asked(settings.judge, chooses=True),
@@ -153,7 +155,7 @@ def score_and_kl(
     name = run.recipe.ppo.reward_function if "ppo" in run.recipe.stages else None
     measured = None
     if name:
-        found = find_function(name)
+        found = reward_function(run, base, NAME)
         columns = {"tag": [prompt.tag for prompt in prompts], "id": [prompt.id for prompt in prompts]}
         scores = list(call_function(name, found, [prompt.prompt for prompt in prompts], texts, **columns))
     elif REWARD in base.heads:
@@ -222,8 +224,10 @@ def differences(responses: dict[str, list[Response]]) -> list[dict[str, Any]]:
 
 def win_rates(run: Run, base: SharedBase, responses: dict[str, list[Response]]) -> list[dict[str, Any]]:
     """Let the judge compare policies on some prompts of each tag; equal answers are ties."""
-    settings = run.recipe.evaluate
+    settings, name = run.recipe.evaluate, run.model_of(run.recipe.evaluate.judge)
     engine = run.engine(settings.judge, lambda: base, batch_size=settings.batch_size, chooses=True)
+    shown = JudgeSettings(few_shot=run.recipe.label.few_shot, debias=run.recipe.label.debias)
+    who = Judge(engine, run.constitution, run.journal, run.progress, NAME, shown, name)
     limit = run.recipe.evaluate.judge_prompts_per_tag
     result = []
     for against, policy in itertools.combinations(responses, 2):
@@ -240,8 +244,8 @@ def win_rates(run: Run, base: SharedBase, responses: dict[str, list[Response]]) 
             prompt = ours.prompt
             principle = run.principle_for(prompt)
             pairs.append(Pair(f"{prompt.id}/{policy}-{against}", prompt.prompt, ours.text, theirs.text, principle))
-        asked = judge(run, NAME, engine, pairs, f"judge: {policy} against {against}")
-        verdicts = [verdict for verdict in asked if not verdict.error]
+        asked = judge(who, pairs, f"judge: {policy} against {against}")
+        verdicts = [one for one in asked if isinstance(one, Verdict)]
         wins = sum(verdict.strength > 0 for verdict in verdicts)
         losses = sum(verdict.strength < 0 for verdict in verdicts)
         n, failed = len(verdicts) + equal, len(asked) - len(verdicts)

@@ -3,175 +3,160 @@
 Every pair is shown in both orders. With ``s`` for strength and ``b`` for position bias, the judge's logit for the
 answer shown first is ``s + b`` in one order and ``-s + b`` in the other; averaging removes ``b`` (Lee et al. 2023,
 arXiv 2309.00267, section 2.2, who average probabilities; averaging logits recovers ``s`` exactly).
+
+`judge` asks, `measure` asks about pairs whose outcome is known. Both take a `Judge`: an engine, a constitution, a
+journal, and how to ask.
 """
 
 import math
 import statistics
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 from rlaif import requests
-from rlaif.constitution import Constitution, Principle
+from rlaif.constitution import Constitution
 from rlaif.documents import canonical_json
-from rlaif.engines.engine import Answer, Engine, Question, ask
-from rlaif.journal import Journal
+from rlaif.engines.engine import Answer, Question
 from rlaif.maths import agreement
-from rlaif.progress import Progress
-from rlaif.prompting import Template
-from rlaif.recipe import Recipe
+from rlaif.prompting import Template, load_template
 from rlaif.records import Message, Messages
 from rlaif.requests import OPTIONS
-from rlaif.stages.run import templates
+from rlaif.stages.verdicts import (
+    ORDERS,
+    Abstention,
+    Judge,
+    Opinion,
+    Pair,
+    Verdict,
+    failure,
+    verdict_of,
+)
 
 
-class Bench(Protocol):
-    """What a judge is given: a `Run` is one, and so is `rlaif.judging.Setting` outside of a run."""
-
-    @property
-    def recipe(self) -> Recipe:
-        """Its section `label` says how many worked comparisons are shown and how both orders are combined."""
-        ...
-
-    @property
-    def constitution(self) -> Constitution:
-        """Where principles, worked comparisons and tests come from."""
-        ...
-
-    @property
-    def journal(self) -> Journal:
-        """Where answers are kept."""
-        ...
-
-    @property
-    def progress(self) -> Progress:
-        """Who is told."""
-        ...
-
-    def model_of(self, name: str) -> str:
-        """Return the name of an engine's model."""
-        ...
-
-
-class Pair(NamedTuple):
-    """Two answers to one prompt and the principle they are compared under."""
-
-    id: str
-    prompt: str
-    first: str
-    second: str
-    principle: Principle
-
-
-class Verdict(NamedTuple):
-    """What the judge said of a pair, in both orders."""
-
-    preference: float  # P(first is better)
-    strength: float  # logits in favour of `first`
-    bias: float  # logits in favour of whatever is shown first
-    mass: float  # probability on the two option letters, mean over both orders
-    logits: tuple[float, float]  # of the answer shown first, in both orders
-    method: str = "logprobs"  # or ``verdict``: the letters were read in written texts
-    error: str = ""  # why there is no verdict; its numbers then say nothing
-
-    @property
-    def same_position(self) -> bool:
-        """Whether the same position won in both orders."""
-        return self.logits[0] * self.logits[1] > 0
-
-
-def judge(run: Bench, stage: str, engine: Engine, pairs: Sequence[Pair], title: str) -> list[Verdict]:
-    """Ask for each pair in both orders."""
-    template = templates("compare")["compare"]
-    shown = worked_comparisons(run, template)
+def by_logprobs(who: Judge, pairs: Sequence[Pair], title: str) -> list[Opinion]:
+    """Read the verdict from the log-probabilities of the two letters."""
+    template = load_template("compare")
+    examples = worked_comparisons(who, template)
     questions = [
         Question(
             item_id=f"{pair.id}/{order}",
-            messages=[*shown, _request(template, pair, swapped=order == "swapped")],
+            messages=[*examples, request(template, pair, swapped=order == "swapped")],
             options=OPTIONS,
         )
         for pair in pairs
-        for order in ("given", "swapped")
+        for order in ORDERS
     ]
-    answers = list(ask(run.journal, stage, engine, questions, run.progress, title))
-    return [
-        _verdict(answers[index], answers[index + 1], run.recipe.label.debias) for index in range(0, len(answers), 2)
-    ]
+    answers = who.ask(questions, title)
+    return [_read(who, answers[index : index + 2]) for index in range(0, len(answers), 2)]
 
 
-def worked_comparisons(run: Bench, template: Template) -> Messages:
-    """Return the constitution's worked comparisons as turns, as many as the recipe shows to the judge."""
-    return requests.worked_comparisons(run.constitution, template, run.recipe.label.few_shot)
+def _read(who: Judge, answers: Sequence[Answer]) -> Opinion:
+    """Return what both orders say together, or why they say nothing."""
+    failed = failure(*answers)
+    if failed:
+        return failed
+    given, swapped = (answer.logprobs for answer in answers)
+    said = (list(given), list(swapped))
+    if not all(map(math.isfinite, (*given, *swapped))):
+        return Abstention("an option has no probability", said)
+    masses = [math.fsum(map(math.exp, row)) for row in (given, swapped)]
+    if min(masses) < who.settings.min_option_mass:
+        return Abstention("too little probability on the options", said)
+    logits = (given[0] - given[1], swapped[0] - swapped[1])
+    if any(answer.method == "verdict" for answer in answers):
+        return verdict_of(logits, who.settings.debias, said=said)._replace(from_text=True)
+    return verdict_of(logits, who.settings.debias, mass=statistics.fmean(masses), said=said)
 
 
-def _request(template: Template, pair: Pair, *, swapped: bool = False) -> Message:
+def worked_comparisons(who: Judge, template: Template) -> Messages:
+    """Return the constitution's worked comparisons as turns, as many as this judge is shown."""
+    return requests.worked_comparisons(who.constitution, template, who.settings.few_shot)
+
+
+def request(template: Template, pair: Pair, *, swapped: bool = False) -> Message:
+    """Return the request to compare a pair, in one of its orders."""
     first, second = (pair.second, pair.first) if swapped else (pair.first, pair.second)
     return requests.comparison_request(template, pair.principle, prompt=pair.prompt, first=first, second=second)
 
 
-def _verdict(first: Answer, second: Answer, space: str) -> Verdict:
-    if first.error or second.error:
-        return Verdict(0.5, 0.0, 0.0, 0.0, (0.0, 0.0), error=first.error or second.error)
-    given, swapped = first.logprobs, second.logprobs
-    logits = (given[0] - given[1], swapped[0] - swapped[1])
-    both = agreement.both_orders(*logits, space="logit" if space == "logit" else "probability")
-    mass = statistics.fmean(sum(map(math.exp, row)) for row in (given, swapped))
-    method = "verdict" if "verdict" in (first.method, second.method) else "logprobs"
-    return Verdict(both.preference, both.strength, both.bias, mass, logits, method)
+def judge(who: Judge, pairs: Sequence[Pair], title: str) -> list[Opinion]:
+    """Ask a judge about pairs, by its method; those that show both answers at once show them in both orders."""
+    from rlaif.stages.rating import by_function, by_rating
+    from rlaif.stages.reasoning import by_verdict
+
+    ways = {"logprobs": by_logprobs, "verdict": by_verdict, "rating": by_rating, "function": by_function}
+    return ways[who.settings.method](who, pairs, title) if pairs else []
 
 
-def measure(run: Bench, stage: str, engine: Engine) -> dict[str, Any] | None:
+def measure(who: Judge, title: str = "judge on the constitution's tests") -> dict[str, Any] | None:
     """Run the judge on the constitution's tests; None where there are none.
 
-    A test that names no principle is judged under the first one. A verdict without a side counts as wrong.
+    A test that names no principle is judged under the first one. A verdict without a side, or none, counts as wrong.
     """
-    tests = run.constitution.tests
-    if not tests:
+    pairs = test_pairs(who.constitution)
+    if not pairs:
         return None
-    pairs = [
-        Pair(f"test-{index}", test.prompt, test.better, test.worse, run.constitution.principle(test.principle))
-        for index, test in enumerate(tests)
+    opinions = judge(who, pairs, title)
+    return described(who, opinions) | measured(who.constitution, opinions)
+
+
+def described(who: Judge, opinions: Sequence[Opinion]) -> dict[str, Any]:
+    """Return who judges, and how: with letters that were read in texts, the method is ``verdict``."""
+    identity = canonical_json(who.engine.identity) if who.engine else who.settings.function
+    read = any(isinstance(one, Verdict) and one.from_text for one in opinions)
+    return {"model": who.model, "method": "verdict" if read else who.settings.method, "identity": identity}
+
+
+def test_pairs(constitution: Constitution) -> list[Pair]:
+    """Return the constitution's tests as pairs whose first answer is the better one."""
+    return [
+        Pair(f"test-{i}", test.prompt, test.better, test.worse, constitution.principle(test.principle), test.tag or "")
+        for i, test in enumerate(constitution.tests)
     ]
-    verdicts = judge(run, stage, engine, pairs, "judge on the constitution's tests")
-    right = [verdict.strength > 0 for verdict in verdicts]
-    given = [verdict for verdict in verdicts if not verdict.error] or verdicts
-    measured = [verdict for verdict in given if verdict.method == "logprobs" and not verdict.error]
+
+
+def measured(constitution: Constitution, opinions: Sequence[Opinion]) -> dict[str, Any]:
+    """Describe what was said of each test of the constitution."""
+    verdicts = [one for one in opinions if isinstance(one, Verdict)]
+    right = [isinstance(one, Verdict) and one.strength > 0 for one in opinions]
     return {
-        "model": run.model_of(run.recipe.label.judge),
-        "method": "verdict" if any(verdict.method == "verdict" for verdict in verdicts) else "logprobs",
-        "failed": sum(bool(verdict.error) for verdict in verdicts),
-        "identity": canonical_json(engine.identity),
         "tests": {
             **agreement.wilson(sum(right), len(right))._asdict(),
             "correct": sum(right),
             "interval": "Wilson 95 %",
         },
-        **positions(verdicts),
-        "mean_abs_bias": statistics.fmean(abs(verdict.bias) for verdict in given),
-        "median_abs_strength": statistics.median(abs(verdict.strength) for verdict in given),
-        "option_mass": {
-            "mean": statistics.fmean(verdict.mass for verdict in measured),
-            "min": min(verdict.mass for verdict in measured),
-        }
-        if measured
-        else None,
+        "abstained": len(opinions) - len(verdicts),
+        "failed": sum(isinstance(one, Abstention) and bool(one.error) for one in opinions),
+        **shown(verdicts),
         "by_test": [
             {
                 "prompt": test.prompt,
                 "better": test.better,
                 "worse": test.worse,
                 "principle": test.principle,
-                "strength": verdict.strength,
-                "bias": verdict.bias,
-                "correct": verdict.strength > 0,
+                "strength": one.strength if isinstance(one, Verdict) else None,
+                "bias": one.bias if isinstance(one, Verdict) else None,
+                "correct": correct,
+                "abstained": one.reason if isinstance(one, Abstention) else None,
             }
-            for test, verdict in zip(tests, verdicts, strict=True)
+            for test, one, correct in zip(constitution.tests, opinions, right, strict=True)
         ],
+    }
+
+
+def shown(verdicts: Sequence[Verdict]) -> dict[str, Any]:
+    """Return what verdicts show of a judge whether or not they are right: position, bias, strength, option mass."""
+    masses = [one.mass for one in verdicts if one.mass is not None]
+    return {
+        **positions(verdicts),
+        "mean_abs_bias": statistics.fmean(abs(one.bias) for one in verdicts) if verdicts else None,
+        "median_abs_strength": statistics.median(abs(one.strength) for one in verdicts) if verdicts else None,
+        "option_mass": {"mean": statistics.fmean(masses), "min": min(masses)} if masses else None,
     }
 
 
 def positions(verdicts: Sequence[Verdict]) -> dict[str, Any]:
     """Return how often the same position won in both orders, and which one it mostly was."""
-    verdicts = [verdict for verdict in verdicts if not verdict.error]
     same = [verdict for verdict in verdicts if verdict.same_position]
     first = sum(verdict.logits[0] > 0 for verdict in same)
     return {

@@ -1,68 +1,55 @@
-"""Stage `label`: comparisons, from an AI judge, by construction, or from people; the one seam where they meet.
+"""Stage `label`: comparisons, from AI judges, by construction, or from people; the one seam where they meet.
 
-Methods for AI feedback:
+With `method: judge`: candidates are collected (`candidates`), those whose text tries to steer a judge are set aside
+(`rlaif.steering`), the labeller is tested on some of them with their answers exchanged, and then every judge votes on
+every pair under its principles (`votes`), pairs of known outcome among them (`quality`). Other methods build their
+labels (`construction`).
 
-- ``judge``: two responses per prompt from the SFT policy, compared by the base model under a principle.
-- ``revision``: the revision over the initial response for prompts whose responses were revised; for all other prompts
-  the plain response over a needless refusal, which the same chain writes. For judges too weak to read.
-- ``contrast``: a response written under the constitution over one written without it (Yang et al. 2023,
-  arXiv 2307.12950, with one side plain).
-
-Before any label the judge is measured on the constitution's tests, whatever the method; below `min_judge_accuracy` the
-method ``judge`` stops.
+Before any label the judges are measured on the constitution's tests, whatever the method; below `min_judge_accuracy`
+the method ``judge`` stops.
 
 Writes ``comparisons.jsonl``, ``unused.jsonl`` (with the reason) and ``quality.json``.
 """
 
-import functools
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from rlaif import files, filters
-from rlaif.documents import fingerprint
-from rlaif.engines.engine import Engine, ask
-from rlaif.engines.local import LocalEngine
+from rlaif import files, filters, steering
+from rlaif.documents import shipped
 from rlaif.errors import DataError, StageError
 from rlaif.human.labels import read_labels
 from rlaif.maths import agreement
-from rlaif.model.roles import BASE, SharedBase
-from rlaif.records import Comparison, Messages, Prompt, assistant, text_of
-from rlaif.stages.chains import revised_chains
-from rlaif.stages.judge import Pair, judge, measure, positions
-from rlaif.stages.revise import (
-    NO_ANSWER,
-    Chain,
-    Step,
-    critique_and_revise,
-    problem,
-    question,
-    respond,
-    revising_engines,
-    whole_sentences,
-)
-from rlaif.stages.run import Run, path_sha256, templates
+from rlaif.records import Comparison, text_of
+from rlaif.stages import quality as qualities
+from rlaif.stages.candidates import NAME, Candidate, Engines, Unused, collect, comparison
+from rlaif.stages.construction import by_contrast, by_revision
+from rlaif.stages.run import Run, templates
+from rlaif.stages.verdicts import NO_ANSWER
+from rlaif.stages.votes import Ballot, Panel, asked, cast, panel_of, swap_test
 
-NAME = "label"
-POLICY = "policy"
-Load = Callable[[], SharedBase]
-Labels = tuple[list[Comparison], list[dict[str, Any]], dict[str, Any]]
+STEERS = "tries to steer a judge"
 
 
 def inputs(run: Run) -> dict[str, str]:
     """Return what this stage's result depends on."""
-    names = ("compare", "contrast", "critique", "revise")
+    names = ("compare", "contrast", "critique", "gather", "rate", "revise", "weigh")
+    reference = {} if run.loaded.reference is None else {"reference": run.loaded.reference}
     return run.inputs(
         run.recipe.label,
         run.recipe.human,
         run.recipe.revise,
         files={
+            "attacks": shipped("prompts") / "attacks.jsonl",
             "chains": run.stage_folder("revise") / "chains.jsonl",
             "sft": run.stage_folder("sft") / "adapter",
             **{f"human.{index}": path for index, path in enumerate(run.loaded.human_files)},
+            **{f"candidates.{index}": path for index, path in enumerate(run.loaded.candidate_files)},
+            **{f"adapter.{name}": path for name, path in run.loaded.adapters.items()},
+            **reference,
         },
         feedback=run.recipe.feedback,
-        engines=[run.asked(run.recipe.label.judge, chooses=True), run.asked(*run.recipe.engines_of("revise").values())],
+        engines=[asked(run), run.asked(*run.recipe.engines_of("revise").values())],
         constitution=run.constitution.hash,
         prompts=run.prompts_hash(run.prompts),
         templates=[template.hash for template in templates(*names).values()],
@@ -72,27 +59,33 @@ def inputs(run: Run) -> dict[str, str]:
 def label(run: Run) -> dict[str, Any]:
     """Run the stage; return the counts for its manifest."""
     settings, folder = run.recipe.label, run.stage_folder(NAME)
-    quality: dict[str, Any] = {"judge": None, "judge_labels": False}
-    extra: dict[str, Any] = {}
+    quality: dict[str, Any] = {"judge": None, "judge_labels": False, "min_judge_accuracy": settings.min_judge_accuracy}
     method = "human" if run.recipe.feedback == "human" else settings.method
     comparisons, unused = human_labels(run) if run.recipe.feedback != "ai" else ([], [])
+    same_position: dict[str, Any] = {}
     if run.recipe.feedback != "human":
-        load = functools.cache(run.load_base)
-        engine = run.engine(settings.judge, load, batch_size=settings.batch_size, chooses=True)
-        quality["judge"] = measure(run, NAME, engine)
-        quality["judge_labels"] = method == "judge"
+        engines = Engines(run)
+        panel = panel_of(run, engines)
+        quality |= {"judge": qualities.measure_panel(panel), "judge_labels": method == "judge"}
         files.write_json(folder / "judge.json", quality["judge"])  # readable also where the next line stops the run
         if method == "judge":
             _refuse_weak_judge(run, quality["judge"])
-        way = {"judge": by_judge, "revision": by_revision, "contrast": by_contrast}[method]
-        made, aside, extra = way(run, load, engine)
+            made, aside, found = by_judge(run, engines, panel)
+            quality |= found
+            same_position = {key: found["votes"][key] for key in ("same_position", "same_position_choice")}
+        else:
+            made, aside = {"revision": by_revision, "contrast": by_contrast}[method](run, engines)
         taken = {row.id for row in comparisons}
         unused += aside + [{"id": row.id, "reason": "in a file of labels already"} for row in made if row.id in taken]
         comparisons += [row for row in made if row.id not in taken]
     if not comparisons:
         raise DataError(f"{folder}: no comparison is usable; {len(unused)} were set aside: {_reasons(unused)}.")
-    quality["min_judge_accuracy"] = settings.min_judge_accuracy
-    quality["labels"] = summary(method, comparisons, unused) | extra
+    if run.loaded.reference is not None:
+        known = qualities.reference_rows(run.loaded.reference, comparisons, run.recipe.seed)
+        quality["reference"] = qualities.against_people(known)
+        if quality["reference"] is None:
+            run.progress.say(f"  warning: {run.loaded.reference} holds none of the labelled pairs; nothing to compare.")
+    quality["labels"] = summary(method, comparisons, unused) | same_position
     files.write_jsonl(folder / "comparisons.jsonl", comparisons)
     files.write_jsonl(folder / "unused.jsonl", unused)
     files.write_json(folder / "quality.json", quality)
@@ -143,187 +136,77 @@ def _refuse_weak_judge(run: Run, measured: dict[str, Any] | None) -> None:
     )
 
 
-# --- the three ways -----------------------------------------------------------------------------------------------
+# --- by judges ----------------------------------------------------------------------------------------------------
 
 
-def by_judge(run: Run, load: Load, engine: Engine) -> Labels:
-    """Let the judge compare two responses of the SFT policy."""
+def by_judge(run: Run, engines: Engines, panel: Panel) -> tuple[list[Comparison], Unused, dict[str, Any]]:
+    """Let the judges vote on candidates; return the labels, the pairs without one, and how good the labels are."""
     settings = run.recipe.label
-    prompts = run.select("train", settings.prompts_per_tag)
-    policy = policy_engine(run, load())
-    sides = [respond(run, NAME, policy, prompts, settings.sampling, sample=index) for index in (0, 1)]
-    pairs, unused = [], []
-    for first, second in zip(*sides, strict=True):
-        prompt = first.prompt
-        reason = _unusable(first.text, second.text)
-        if reason:
-            unused.append({"id": prompt.id, "reason": reason, "texts": [first.text, second.text]})
-            continue
-        principle = run.principle_for(prompt)
-        pairs.append((prompt, Pair(prompt.id, prompt.prompt, first.text, second.text, principle)))
-    verdicts = judge(run, NAME, engine, [pair for _, pair in pairs], "comparisons")
-    comparisons = []
-    for (prompt, pair), verdict in zip(pairs, verdicts, strict=True):
-        if verdict.error:
-            unused.append(_failed(prompt, verdict.error))
-            continue
-        if abs(verdict.strength) <= settings.min_strength:
-            unused.append({"id": prompt.id, "reason": "tie", "texts": [pair.first, pair.second]})
-            continue
-        preference = max(verdict.preference, 1 - verdict.preference)
-        numbers = {key: value for key, value in verdict._asdict().items() if key != "error"}
-        vote = {"annotator": "judge", "principle": pair.principle.id, **numbers}
-        sides_in_order = (pair.first, pair.second) if verdict.strength > 0 else (pair.second, pair.first)
-        comparisons.append(_comparison(run, prompt, *sides_in_order, preference, "judge", "ai", [vote], pair.principle))
-    assert len(comparisons) + len(unused) == len(prompts), "a row was lost"
-    return comparisons, unused, positions(verdicts) if verdicts else {}
-
-
-def by_revision(run: Run, load: Load, engine: Engine) -> Labels:
-    """Prefer revisions to initial responses, and plain responses to needless refusals."""
-    must_refuse = run.recipe.revise.must_refuse_tags
+    found, unused = collect(run, engines)
+    candidates, flags = _unsteered(run, found, unused)
+    tested = sorted(candidates, key=lambda one: run.seed("swap test", one.id))[: settings.self_test_rows]
+    quality: dict[str, Any] = {
+        "swap_test": swap_test(panel, tested, settings.swap_tolerance) if tested else None,
+        "attacks": qualities.try_attacks(run, panel),
+    }
+    gold = qualities.gold_candidates(run, len(candidates))
+    shown = qualities.mixed(run, candidates, gold)
+    cast_on = dict(zip([one.id for one in shown], cast(panel, shown, "comparisons"), strict=True))
+    ballots = [cast_on[one.id] for one in candidates]
     comparisons: list[Comparison] = []
-    unused: list[dict[str, Any]] = []
-    plain: list[Chain] = []
-    rows = revised_chains(run)
-    for prompt, row in rows:
-        if row.get("error"):
-            unused.append(_failed(prompt, f"revise: {row['error']}"))
-            continue
-        if not row["steps"]:
-            plain.append(Chain(prompt, row["response"], row["ended"]))
-            continue
-        revision = row["steps"][-1]
-        principle = run.constitution.principle(revision["principle"])
-        reason = row["reason"] or _unusable(revision["revision"], row["response"])
-        if reason is None and prompt.tag in must_refuse and filters.is_refusal(row["response"]):
-            reason = "the initial response declines already"
+    preferences: list[float | None] = []
+    for one, ballot in zip(candidates, ballots, strict=True):
+        reason = ballot.reason if ballot.strength is None else _tie(ballot, settings.min_strength)
+        preferences.append(None if reason else ballot.preference)
         if reason:
-            unused.append({"id": prompt.id, "reason": reason, "texts": [revision["revision"], row["response"]]})
-            continue
-        vote = {"annotator": "revision", "principle": principle.id, "critique": revision["critique"]}
-        texts = revision["revision"], row["response"]
-        comparisons.append(_comparison(run, prompt, *texts, 1.0, "revision", "construction", [vote], principle))
-    made, aside = needless_refusals(run, revising_engines(run, load, run.recipe.label.batch_size), plain)
-    assert len(comparisons + made) + len(unused + aside) == len(rows), "a row was lost"
-    return comparisons + made, unused + aside, {}
-
-
-def needless_refusals(
-    run: Run, engines: Mapping[str, Engine], chains: Sequence[Chain]
-) -> tuple[list[Comparison], list[dict[str, Any]]]:
-    """Compare plain responses with what the revision chain makes of them when it treats the prompt as harmful."""
-    tag = run.recipe.revise.revise_tags[0] if run.recipe.revise.revise_tags else "harmful"
-    refused = [Chain(chain.prompt, chain.response, chain.ended) for chain in chains]
-    if refused:
-        critique_and_revise(run, NAME, engines, refused, 0, tag=tag)
-    comparisons: list[Comparison] = []
-    unused: list[dict[str, Any]] = []
-    for chain, other in zip(chains, refused, strict=True):
-        if other.error:
-            unused.append(_failed(chain.prompt, other.error))
-            continue
-        step: Step = other.steps[0]
-        reason = problem(run, chain) or _unusable(chain.response, step.revision)
-        if reason is None and not filters.is_refusal(step.revision):
-            reason = "no needless refusal was written"
-        if reason is None and filters.is_refusal(chain.response):
-            reason = "the plain response declines"
-        if reason is None and not step.ended and "truncated" in run.recipe.revise.filters:
-            reason = "truncated"
-        if reason:
-            unused.append({"id": chain.prompt.id, "reason": reason, "texts": [chain.response, step.revision]})
-            continue
-        vote = {"annotator": "revision", "principle": step.principle.id, "critique": step.critique}
-        texts = chain.response, step.revision
-        comparisons.append(_comparison(run, chain.prompt, *texts, 1.0, "revision", "construction", [vote], None))
-    return comparisons, unused
-
-
-def by_contrast(run: Run, load: Load, engine: Engine) -> Labels:
-    """Prefer a response written under the constitution to one written without it."""
-    settings = run.recipe.label
-    prompts = run.select("train", settings.prompts_per_tag)
-    policy = policy_engine(run, load())
-    plain = respond(run, NAME, policy, prompts, settings.sampling)
-    questions = [
-        question(run, f"{prompt.id}/contrast", under_constitution(run, prompt), settings.sampling) for prompt in prompts
+            row: dict[str, Any] = {"id": one.prompt_id, "reason": NO_ANSWER if ballot.error else reason}
+            row |= {"error": ballot.error} if ballot.error else {}
+            row |= {"texts": [one.first, one.second], "flags": flags[one.id], "votes": ballot.rows()}
+            unused.append(row)
+        else:
+            comparisons.append(_labelled(run, panel, one, ballot, flags[one.id]))
+    references = [
+        (preference, one.reference, one.first, one.second)
+        for one, preference in zip(candidates, preferences, strict=True)
+        if one.reference is not None
     ]
-    answers = ask(run.journal, NAME, policy, questions, run.progress, "responses under the constitution")
-    comparisons: list[Comparison] = []
-    unused: list[dict[str, Any]] = []
-    for chain, answer in zip(plain, answers, strict=True):
-        text, ended = whole_sentences(answer)
-        cut = "truncated" in run.recipe.revise.filters and not (ended and chain.ended)
-        reason = _unusable(text, chain.text) or ("truncated" if cut else None)
-        if reason:
-            unused.append({"id": chain.prompt.id, "reason": reason, "texts": [text, chain.text]})
-            continue
-        vote = {"annotator": "contrast"}
-        comparisons.append(
-            _comparison(run, chain.prompt, text, chain.text, 1.0, "contrast", "construction", [vote], None)
-        )
-    return comparisons, unused, {}
+    quality |= {
+        "gold": qualities.gold_result(gold, [cast_on[one.id] for one in gold]),
+        "votes": qualities.votes_shown(ballots),
+        "flagged": dict(Counter(flag.partition(": ")[2] for one in found for flag in flags[one.id])),
+        "reference": qualities.against_people(references),
+    }
+    return comparisons, unused, quality
 
 
-def under_constitution(run: Run, prompt: Prompt) -> Messages:
-    """Return the prompt with the principles for its tag as the system's turn."""
-    principles = "\n".join(f"- {p.text}" for p in run.constitution.principles if p.applies(prompt.tag))
-    text = templates("contrast")["contrast"].render(principles=principles)
-    return [{"role": "system", "content": text}, *prompt.messages]
+def _unsteered(run: Run, found: Sequence[Candidate], unused: Unused) -> tuple[list[Candidate], dict[str, list[str]]]:
+    """Flag candidates whose text tries to steer a judge, and set them aside before one is asked, if that is wished."""
+    flags = {one.id: steering.flags_of_pair(one.prompt, one.first, one.second) for one in found}
+    if run.recipe.label.flagged == "keep":
+        return list(found), flags
+    unused += [
+        {"id": one.prompt_id, "reason": STEERS, "flags": flags[one.id], "texts": [one.first, one.second]}
+        for one in found
+        if flags[one.id]
+    ]
+    return [one for one in found if not flags[one.id]], flags
 
 
-def policy_engine(run: Run, base: SharedBase) -> LocalEngine:
-    """Return the SFT policy as an engine; without an SFT stage, the base model."""
-    size = run.recipe.label.batch_size
-    if "sft" not in run.recipe.stages:
-        return LocalEngine(base, BASE, batch_size=size)
-    adapter = run.output("sft", "adapter")
-    base.add_role(POLICY, adapter=adapter)
-    return LocalEngine(base, POLICY, batch_size=size, adapter=path_sha256(adapter))
+def _tie(ballot: Ballot, least: float) -> str:
+    return "tie" if ballot.strength is None or abs(ballot.strength) <= least else ""
 
 
-def _failed(prompt: Prompt, error: str) -> dict[str, Any]:
-    return {"id": prompt.id, "reason": NO_ANSWER, "error": error}
-
-
-def _unusable(better: str, worse: str) -> str | None:
-    if not better.strip() or not worse.strip():
-        return "empty"
-    return "identical answers" if better.split() == worse.split() else None
-
-
-def _comparison(
-    run: Run,
-    prompt: Prompt,
-    chosen: str,
-    rejected: str,
-    preference: float,
-    annotator: str,
-    source: Any,
-    votes: list[dict[str, Any]],
-    principle: Any,
-) -> Comparison:
-    return Comparison(
-        id=f"{prompt.id}-{fingerprint([chosen, rejected])[:8]}",
-        prompt=prompt.messages,
-        chosen=assistant(chosen),
-        rejected=assistant(rejected),
-        preference=preference,
-        source=source,
-        annotator=annotator,
-        tag=prompt.tag,
-        votes=votes,
-        provenance={
-            "prompt_id": prompt.id,
-            "constitution": f"{run.constitution.name} {run.constitution.version}",
-            "constitution_hash": run.constitution.hash_of("principles", "examples", "comparisons"),
-            "principle": principle.id if principle else None,
-            "principle_hash": principle.hash if principle else None,
-            "model": run.recipe.model.model_name_or_path,
-            "seed": run.recipe.seed,
-        },
-    )
+def _labelled(run: Run, panel: Panel, one: Candidate, ballot: Ballot, flags: list[str]) -> Comparison:
+    """Return a candidate as a labelled row; its votes speak of the answer that was called first, as `first` says."""
+    assert ballot.preference is not None and ballot.strength is not None
+    first = ballot.strength > 0
+    answers = (one.first, one.second) if first else (one.second, one.first)
+    names = {"first": "chosen" if first else "rejected", "second": "rejected" if first else "chosen"}
+    named = [f"{names.get(part, part)}: {flag}" for part, _, flag in (text.partition(": ") for text in flags)]
+    principle = one.principles[0] if len(one.principles) == 1 else None
+    votes = [row | {"first": names["first"]} for row in ballot.rows()]
+    preference = max(ballot.preference, 1 - ballot.preference)
+    return comparison(run, one, answers, preference, panel.name, "ai", votes, principle, named)
 
 
 def summary(method: str, comparisons: Sequence[Comparison], unused: Sequence[dict[str, Any]]) -> dict[str, Any]:

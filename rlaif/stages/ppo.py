@@ -34,6 +34,7 @@ from rlaif.recipe import PpoSection
 from rlaif.records import Prompt, read_jsonl
 from rlaif.stages.actors import Actors, assign_roles, calibrate, critic_values, judge_tokens, score
 from rlaif.stages.checkpoints import CRITIC, POLICY, SAMPLES, restore, save
+from rlaif.stages.judged_reward import reward_inputs
 from rlaif.stages.run import Run
 from rlaif.stages.training import METRICS
 
@@ -66,6 +67,7 @@ def inputs(run: Run) -> dict[str, str]:
             "reward.evaluation": run.stage_folder("reward") / "evaluation.json",
         },
         prompts=run.prompts_hash(run.select("train", settings.prompts_per_tag)),
+        **reward_inputs(run),
     )
 
 

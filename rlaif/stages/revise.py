@@ -25,9 +25,9 @@ from rlaif.recipe import SamplingSection
 from rlaif.records import Demonstration, Messages, Prompt, assistant
 from rlaif.requests import revision_request, worked_examples
 from rlaif.stages.run import Run, templates
+from rlaif.stages.verdicts import NO_ANSWER as NO_ANSWER
 
 NAME = "revise"
-NO_ANSWER = "no answer"  # the reason of rows for which an engine had none; the row says why
 # The number that opens a line of a list is matched as well, so that its full stop ends no sentence.
 _SENTENCE_END = re.compile(r"""^\s*\d+[.)](?=\s|$)|(?P<end>[.!?]["'”’)\]*]*)(?=\s|$)""", re.MULTILINE)
 

@@ -13,28 +13,29 @@ from typing import Any
 from rlaif.errors import ConfigError, DataError
 
 GROUP = "rlaif.rewards"
-RewardFunction = Callable[..., list[float | None]]
+RewardFunction = Callable[..., Sequence[float | None]]
 _WORD = re.compile(r"[A-Za-z]+(?:['’][A-Za-z]+)*")
 _WITHOUT_WORDS = -10.0  # less than any plain text, so that saying nothing does not pay
 
 
-def find_function(name: str) -> RewardFunction:
+def find_function(name: str, key: str = "ppo.reward_function") -> RewardFunction:
     """Return a registered scoring function.
 
     Raises:
         ConfigError: no package registers this name, or what it registers cannot be loaded.
     """
     known = {entry.name: entry for entry in entry_points(group=GROUP)}
+    rating = " (and `judge`, the judge's rating)" if key.startswith("ppo.") else ""
     if name not in known:
         raise ConfigError(
-            f"ppo.reward_function: `{name}` is not registered; known: {', '.join(sorted(known)) or 'none'}. A package "
+            f"{key}: `{name}` is not registered; known: {', '.join(sorted(known)) or 'none'}{rating}. A package "
             f"registers its own under the entry-point group `{GROUP}`."
         )
     try:
         function: RewardFunction = known[name].load()
     except (ImportError, AttributeError) as problem:
         raise ConfigError(
-            f"ppo.reward_function: `{name}` is registered as `{known[name].value}`, which cannot be loaded: {problem}. "
+            f"{key}: `{name}` is registered as `{known[name].value}`, which cannot be loaded: {problem}. "
             "Mend or reinstall the package."
         ) from None
     return function
@@ -48,10 +49,25 @@ def call_function(
     Raises:
         DataError: the wrong number of scores, or one that is not a finite number.
     """
+    scores = _scores(name, function, prompts, responses, **columns)
+    return [_finite(name, index, score) for index, score in enumerate(scores)]
+
+
+def call_where_it_applies(
+    name: str, function: RewardFunction, prompts: Sequence[str], responses: Sequence[str], **columns: Any
+) -> list[float | None]:
+    """Score responses with a function that may return None for some, as TRL allows; other checks are the same."""
+    scores = _scores(name, function, prompts, responses, **columns)
+    return [None if score is None else _finite(name, index, score) for index, score in enumerate(scores)]
+
+
+def _scores(
+    name: str, function: RewardFunction, prompts: Sequence[str], responses: Sequence[str], **columns: Any
+) -> Sequence[Any]:
     scores = function(prompts=list(prompts), completions=list(responses), **columns)
     if len(scores) != len(responses):
         raise DataError(f"reward function `{name}`: {len(scores)} scores for {len(responses)} responses.")
-    return [_finite(name, index, score) for index, score in enumerate(scores)]
+    return scores
 
 
 def _finite(name: str, index: int, score: Any) -> float:

@@ -29,11 +29,14 @@ from rlaif.records import Prompt, Split, read_rows
 _NOT_DETERMINING = {
     "allow_weak_judge",
     "allow_weak_reward",
+    "candidate_files",  # their content counts
     "min_heldout_accuracy",
     "min_judge_accuracy",
+    "reference",  # its content counts
     "report_to",
     "save_steps",
     "save_every_updates",
+    "swap_tolerance",
 }
 # Keys that name an engine: what it is asked with counts (`Run.asked`), and not what the recipe calls it.
 _NAMES = {key for keys in ENGINE_KEYS.values() for key in keys}

@@ -1,0 +1,115 @@
+"""The sections of a recipe that several modules share: sampling, and the labeller with its judges.
+
+`rlaif.recipe` puts all sections together and reads the file.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from rlaif.endpoints import BASE
+
+Positive = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+JudgeMethod = Literal["logprobs", "verdict", "rating", "function"]
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class SamplingSection(Section):
+    """How responses are drawn."""
+
+    max_new_tokens: Positive = 64
+    temperature: NonNegative = Field(0.7, description="0 is greedy")
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+
+
+class WarmSamplingSection(SamplingSection):
+    """How responses are drawn where variety is wanted: at temperature 1."""
+
+    temperature: NonNegative = Field(1.0, description="0 is greedy")
+
+
+class JudgeSection(Section):
+    """One judge of several."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="stands in every vote")
+    method: JudgeMethod = "logprobs"
+    function: str | None = Field(None, description="a registered scoring function, for the method `function`")
+    engine: str | None = Field(None, description="`base`, or a name in `engines`; absent: as label.judge")
+    adapter: str | None = Field(None, description="judges with `sft`, or with an adapter folder, on the base model")
+    few_shot: int | None = Field(None, ge=0, description="absent: as label.few_shot")
+    weight: PositiveFloat = 1.0
+
+    @model_validator(mode="after")
+    def _function_has_a_name(self) -> "JudgeSection":
+        _check_function(self.method, self.function, "function")
+        if bool(self.function) + bool(self.adapter) + bool(self.engine) > 1:
+            raise ValueError("a judge is a function, an adapter on the base or an engine; give one of these keys")
+        return self
+
+
+class LabelSection(Section):
+    """Where comparisons come from when `feedback` is `ai`."""
+
+    method: Literal["judge", "revision", "contrast"] = "judge"
+    judge: str = Field(BASE, description="who judges: `base`, or a name in `engines`")
+    candidates: Literal["samples", "revision", "policies", "file"] = Field("samples", description="what is compared")
+    samples_per_prompt: int = Field(2, ge=2, description="responses to a prompt, for `samples`")
+    max_pairs_per_prompt: Positive | None = Field(None, description="pairs of a prompt's samples; absent: all")
+    policies: list[str] = Field(["base", "sft"], description="two of `base`, `sft`, adapter folders")
+    candidate_files: list[str] = Field([], description="pairs with people's labels, which no judge is shown")
+    candidate_tag: str = Field("", description="tag of pairs from a file that bring none")
+    sampling: WarmSamplingSection = WarmSamplingSection()
+    prompts_per_tag: dict[str, Positive] = {}
+    judge_method: JudgeMethod = "logprobs"
+    judge_function: str | None = Field(None, description="a registered scoring function that compares")
+    judges: list[JudgeSection] = Field([], description="several judges; absent: one, as judge_method says")
+    principles: Literal["one", "all", "together"] = Field("one", description="drawn, each in turn, or in one request")
+    few_shot: int = Field(2, ge=0, description="worked comparisons of the constitution shown to the judge")
+    debias: Literal["logit", "probability"] = Field("logit", description="space in which both orders are averaged")
+    verdict_clamp: Annotated[float, Field(gt=0.5, lt=1)] = Field(0.6, description="most that a verdict counts as")
+    max_reasoning_tokens: Positive = Field(256, description="length of the reasoning before a verdict")
+    min_option_mass: Fraction = Field(0.01, description="with less probability on the options: no answer")
+    min_judge_accuracy: Fraction = Field(0.6, description="on the constitution's tests; below it `judge` stops")
+    allow_weak_judge: bool = Field(False, description="go on below min_judge_accuracy")
+    min_strength: NonNegative = Field(0.0, description="logits; weaker judgements are ties and are set aside")
+    flagged: Literal["aside", "keep"] = Field("aside", description="pairs whose text tries to steer a judge")
+    self_test_rows: int = Field(4, ge=0, description="pairs asked with their sides exchanged before all others")
+    swap_tolerance: PositiveFloat = Field(1e-6, description="how far p may be from 1-p after the exchange")
+    gold_rate: Fraction = Field(0.05, description="pairs of known outcome planted, as a share of the real ones")
+    attacks: int = Field(24, ge=0, description="steering attempts that the judge is tried with")
+    reference: str | None = Field(None, description="a file of people's labels to compare the labels with")
+    batch_size: Positive = 16
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "LabelSection":
+        _check_function(self.judge_method, self.judge_function, "judge_function")
+        names = [one.name for one in self.judges]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"judges: the name `{twice[0]}` stands twice; give each judge a name of its own")
+        if len(set(self.policies)) != 2 or len(self.policies) != 2:
+            raise ValueError(f"policies: {', '.join(self.policies) or 'none'}; two different ones are expected")
+        if self.candidates == "file" and not self.candidate_files:
+            raise ValueError("candidates is `file`, but candidate_files is empty; name the files that hold the pairs")
+        if self.candidate_files and self.candidates != "file":
+            raise ValueError(f"candidate_files is read where candidates is `file`, and it is `{self.candidates}`")
+        return self
+
+    def panel(self) -> list[JudgeSection]:
+        """Return the judges: those listed, or the one that the simple keys describe."""
+        return self.judges or [JudgeSection(name="judge", method=self.judge_method, function=self.judge_function)]
+
+
+def _check_function(method: str, function: str | None, key: str) -> None:
+    if method == "function" and not function:
+        raise ValueError(f"the method `function` needs the name of a registered function; give `{key}`")
+    if function and method != "function":
+        raise ValueError(f"{key} is used by the method `function`, and the method is `{method}`")

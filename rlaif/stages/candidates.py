@@ -1,0 +1,264 @@
+"""Which answers are compared: samples of the policy, revisions, two policies, or pairs from a file.
+
+Each function returns candidates, and the rows that cannot be compared with the reason. Which of two answers is called
+`first` is drawn by a hash where it would otherwise tell the judge, or the figures, which side is expected to win.
+"""
+
+import itertools
+from collections import Counter
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any, Literal, NamedTuple
+
+from rlaif.constitution import Principle, applying, draw
+from rlaif.documents import fingerprint
+from rlaif.engines.engine import Engine
+from rlaif.engines.local import LocalEngine
+from rlaif.human.labels import read_labels
+from rlaif.model.roles import BASE, SharedBase
+from rlaif.records import Comparison, Messages, Prompt, Split, assistant, text_of
+from rlaif.stages.chains import revised_chains
+from rlaif.stages.revise import respond
+from rlaif.stages.run import Run, path_sha256
+from rlaif.stages.verdicts import NO_ANSWER
+
+NAME = "label"
+POLICY = "policy"
+_SPEAKERS = {"user": "Person", "assistant": "Assistant", "system": "System"}
+Unused = list[dict[str, Any]]
+Source = Literal["ai", "construction"]
+
+
+class Candidate(NamedTuple):
+    """Two answers to one prompt that a judge may be shown."""
+
+    id: str
+    prompt_id: str
+    prompt: Messages
+    first: str
+    second: str
+    principles: tuple[Principle, ...]
+    tag: str = ""
+    split: Split = "train"
+    origin: dict[str, Any] = {}  # goes into the row's provenance
+    reference: float | None = None  # P(first is better) as people said; no judge is shown it
+
+    @property
+    def exchanged(self) -> "Candidate":
+        """The same candidate with its answers in each other's place."""
+        return self._replace(id=f"{self.id}/exchanged", first=self.second, second=self.first)
+
+
+class Engines:
+    """The models that this stage asks, loaded when the first of them is."""
+
+    def __init__(self, run: Run):
+        """Load nothing yet."""
+        self._run = run
+        self._known: dict[str, LocalEngine] = {}
+
+    @cached_property
+    def _base(self) -> SharedBase:
+        return self._run.load_base()
+
+    def named(self, name: str) -> LocalEngine:
+        """Return the base model (``base``), the SFT policy (``sft``) or an adapter folder as an engine."""
+        run = self._run
+        size = run.recipe.label.batch_size
+        if name == BASE:
+            return self._known.setdefault(BASE, LocalEngine(self._base, BASE, batch_size=size))
+        adapter = run.output("sft", "adapter") if name == "sft" else run.loaded.adapters[name]
+        sha256 = path_sha256(adapter)
+        role = POLICY if name == "sft" else f"adapter-{sha256[:12]}"
+        if role not in self._known:
+            self._base.add_role(role, adapter=adapter)
+            self._known[role] = LocalEngine(self._base, role, batch_size=size, adapter=sha256)
+        return self._known[role]
+
+    def load(self) -> SharedBase:
+        """Return the base model, loaded the first time."""
+        return self._base
+
+    def judge(self, name: str, *, chooses: bool) -> Engine:
+        """Return the base model or a server as a judge."""
+        size = self._run.recipe.label.batch_size
+        return self._run.engine(name, self.load, batch_size=size, chooses=chooses)
+
+    def policy(self) -> LocalEngine:
+        """Return the SFT policy; without an SFT stage, the base model."""
+        return self.named("sft" if "sft" in self._run.recipe.stages else BASE)
+
+
+def collect(run: Run, engines: Engines) -> tuple[list[Candidate], Unused]:
+    """Return the candidates that the recipe asks for, and the rows that cannot be compared."""
+    kind = run.recipe.label.candidates
+    if kind in ("file", "revision"):
+        return from_files(run) if kind == "file" else from_revisions(run)
+    return from_policies(run, engines) if kind == "policies" else from_samples(run, engines)
+
+
+def from_samples(run: Run, engines: Engines) -> tuple[list[Candidate], Unused]:
+    """Pair the responses that the SFT policy samples to a prompt: all pairs, or so many, chosen by a hash."""
+    settings = run.recipe.label
+    prompts = run.select("train", settings.prompts_per_tag)
+    policy = engines.policy()
+    count, most = settings.samples_per_prompt, settings.max_pairs_per_prompt
+    samples = [respond(run, NAME, policy, prompts, settings.sampling, sample=index) for index in range(count)]
+    found: list[Candidate] = []
+    unused: Unused = []
+    for prompt, *texts in zip(prompts, *([chain.text for chain in chains] for chains in samples), strict=True):
+        usable: list[tuple[int, int]] = []
+        seen: set[frozenset[str]] = set()
+        for i, j in itertools.combinations(range(count), 2):
+            both = frozenset((texts[i], texts[j]))
+            reason = unusable(texts[i], texts[j]) or ("the same two answers again" if both in seen else None)
+            seen.add(both)
+            if reason:
+                unused.append({"id": prompt.id, "reason": reason, "texts": [texts[i], texts[j]]})
+            else:
+                usable.append((i, j))
+        chosen = sorted(sorted(usable, key=lambda pair: run.seed(prompt.id, "pair", *pair))[:most])
+        for i, j in chosen:
+            name = prompt.id if count == 2 else f"{prompt.id}/{i}-{j}"
+            found.append(_of_prompt(run, prompt, texts[i], texts[j], name, {"samples": [i, j]}))
+    return found, unused
+
+
+def from_revisions(run: Run) -> tuple[list[Candidate], Unused]:
+    """Pair the last revision of each chain with the response that it revised."""
+    found: list[Candidate] = []
+    unused: Unused = []
+    for prompt, row in revised_chains(run):
+        if row.get("error"):
+            unused.append(no_answer(prompt, f"revise: {row['error']}"))
+        elif row["steps"]:
+            texts = {"revision": row["steps"][-1]["revision"], "response": row["response"]}
+            _pair_up(run, prompt, texts, found, unused)
+    return found, unused
+
+
+def from_policies(run: Run, engines: Engines) -> tuple[list[Candidate], Unused]:
+    """Pair the responses of two policies to the same prompts."""
+    settings = run.recipe.label
+    prompts = run.select("train", settings.prompts_per_tag)
+    written = {name: respond(run, NAME, engines.named(name), prompts, settings.sampling) for name in settings.policies}
+    found: list[Candidate] = []
+    unused: Unused = []
+    for index, prompt in enumerate(prompts):
+        _pair_up(run, prompt, {name: chains[index].text for name, chains in written.items()}, found, unused)
+    return found, unused
+
+
+def _pair_up(run: Run, prompt: Prompt, texts: dict[str, str], found: list[Candidate], unused: Unused) -> None:
+    """Add the candidate of two named texts, in an order that a hash decides."""
+    names = sorted(texts, key=lambda name: run.seed(prompt.id, "side", name))
+    first, second = (texts[name] for name in names)
+    reason = unusable(first, second)
+    if reason:
+        unused.append({"id": prompt.id, "reason": reason, "texts": [first, second]})
+    else:
+        found.append(_of_prompt(run, prompt, first, second, prompt.id, {"first": names[0], "second": names[1]}))
+
+
+def from_files(run: Run) -> tuple[list[Candidate], Unused]:
+    """Read pairs with people's labels; the labels are kept apart, as the reference."""
+    settings = run.recipe.label
+    found: list[Candidate] = []
+    unused: Unused = []
+    seen: Counter[str] = Counter()
+    known: set[str] = set()
+    for path in run.loaded.candidate_files:
+        imported = read_labels(path, tag=settings.candidate_tag, seed=run.recipe.seed)
+        unused += [{"file": path.name, **row} for row in imported.unused]
+        for row in imported.comparisons:
+            seen[row.tag] += 1
+            if settings.prompts_per_tag and seen[row.tag] > settings.prompts_per_tag.get(row.tag, 0):
+                continue
+            if row.id in known:
+                unused.append({"file": path.name, "reason": "stands in two files", "row": row.model_dump()})
+                continue
+            known.add(row.id)
+            found.append(_of_comparison(run, row))
+    return found, unused
+
+
+def _of_comparison(run: Run, row: Comparison) -> Candidate:
+    texts, preference = [text_of(row.chosen), text_of(row.rejected)], row.preference
+    if run.seed(row.id, "side") % 2:
+        texts, preference = texts[::-1], 1 - preference
+    origin: dict[str, Any] = {key: row.provenance[key] for key in ("file", "line") if key in row.provenance}
+    principles = principles_of(run, row.id, row.tag)
+    return Candidate(row.id, row.id, row.prompt, texts[0], texts[1], principles, row.tag, row.split, origin, preference)
+
+
+def _of_prompt(run: Run, prompt: Prompt, first: str, second: str, name: str, origin: dict[str, Any]) -> Candidate:
+    principles = principles_of(run, prompt.id, prompt.tag, prompt.category)
+    return Candidate(name, prompt.id, prompt.messages, first, second, principles, prompt.tag, prompt.split, origin)
+
+
+def principles_of(run: Run, prompt_id: str, tag: str, category: str = "") -> tuple[Principle, ...]:
+    """Return the principles that a pair is judged by: the drawn one, or all that apply."""
+    constitution = run.constitution
+    if run.recipe.label.principles == "one":
+        return (draw(constitution, seed=run.recipe.seed, prompt_id=prompt_id, step=0, tag=tag, category=category),)
+    return tuple(applying(constitution, tag, category))
+
+
+def spoken(messages: Messages) -> str:
+    """Return a prompt as the judge reads it: a single turn as it is, several with who says them."""
+    if len(messages) == 1:
+        return messages[0]["content"]
+    return "\n\n".join(f"{_SPEAKERS.get(turn['role'], turn['role'])}: {turn['content']}" for turn in messages)
+
+
+def no_answer(prompt: Prompt, error: str) -> dict[str, Any]:
+    """Return the row of a prompt that an engine does not answer."""
+    return {"id": prompt.id, "reason": NO_ANSWER, "error": error}
+
+
+def unusable(better: str, worse: str) -> str | None:
+    """Return why two answers cannot be compared, or None."""
+    if not better.strip() or not worse.strip():
+        return "empty"
+    return "identical answers" if better.split() == worse.split() else None
+
+
+def comparison(
+    run: Run,
+    prompt: Prompt | Candidate,
+    answers: Sequence[str],
+    preference: float,
+    annotator: str,
+    source: Source,
+    votes: list[dict[str, Any]],
+    principle: Principle | None,
+    flags: list[str] = [],  # noqa: B006
+) -> Comparison:
+    """Return a labelled pair as a row that says where it came from; the first answer is the chosen one."""
+    chosen, rejected = answers
+    if isinstance(prompt, Candidate):
+        turns, origin = prompt.prompt, {"prompt_id": prompt.prompt_id, **prompt.origin}
+    else:
+        turns, origin = prompt.messages, {"prompt_id": prompt.id}
+    return Comparison(
+        id=f"{origin['prompt_id']}-{fingerprint([chosen, rejected])[:8]}",
+        prompt=turns,
+        chosen=assistant(chosen),
+        rejected=assistant(rejected),
+        preference=preference,
+        source=source,
+        annotator=annotator,
+        tag=prompt.tag,
+        split=prompt.split,
+        votes=votes,
+        flags=flags,
+        provenance={
+            **origin,
+            "constitution": f"{run.constitution.name} {run.constitution.version}",
+            "constitution_hash": run.constitution.hash_of("principles", "examples", "comparisons"),
+            "principle": principle.id if principle else None,
+            "principle_hash": principle.hash if principle else None,
+            "model": run.recipe.model.model_name_or_path,
+            "seed": run.recipe.seed,
+        },
+    )
