@@ -13,6 +13,7 @@ from typing import Annotated
 
 import typer
 
+from rlaif.constitution_cli import constitution_app
 from rlaif.errors import RlaifError
 
 STAGE_TITLES = {
@@ -36,7 +37,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-constitution_app = typer.Typer(help="Check and show constitution files.", no_args_is_help=True)
 human_app = typer.Typer(help="Labels by people.", no_args_is_help=True)
 models_app = typer.Typer(help="The embedded models.", no_args_is_help=True)
 app.add_typer(constitution_app, name="constitution")
@@ -163,55 +163,6 @@ def env(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = F
     else:
         for key, value in found.items():
             typer.echo(f"{key:24} {value}")
-
-
-@constitution_app.command("check")
-def constitution_check(
-    paths: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Constitution files.", show_default=False)],
-) -> None:
-    """Check constitution files; every problem with its file, line and column."""
-    from rlaif.constitution import load
-    from rlaif.documents import find
-    from rlaif.errors import ConstitutionError
-
-    problems = []
-    for path in paths:
-        try:
-            found = load(find("constitutions", str(path)))
-        except ConstitutionError as problem:
-            problems.append(str(problem))
-        else:
-            typer.echo(
-                f"{path}: {found.name} {found.version}: {len(found.principles)} principles, "
-                f"{len(found.examples)} examples, {len(found.tests)} tests"
-            )
-    if problems:
-        raise ConstitutionError("\n".join(problems))
-
-
-@constitution_app.command("show")
-def constitution_show(
-    path: Annotated[Path, typer.Argument(help="A constitution file.", show_default=False)],
-    principle: Annotated[str | None, typer.Option(help="Only this principle, by its id.", show_default=False)] = None,
-) -> None:
-    """Show each principle with the requests that are built from it."""
-    from rlaif.constitution import load
-    from rlaif.documents import find
-
-    found = load(find("constitutions", str(path)))
-    for item in [found.principle(principle)] if principle else found.principles:
-        typer.echo(f"{item.id}: {item.title}\n  {item.text}")
-        typer.echo(f"  critique:   {item.critique_request()}\n  revision:   {item.revision_request()}")
-        typer.echo(f"  comparison: {item.comparison_question()}")
-        typer.echo(f"  weight {item.weight:g}; for prompts tagged {', '.join(item.applies_to) or 'anything'}\n")
-
-
-@constitution_app.command("schema")
-def constitution_schema() -> None:
-    """Print the JSON Schema of constitution files, for editors."""
-    from rlaif.constitution import json_schema
-
-    typer.echo(json.dumps(json_schema(), indent=2))
 
 
 @human_app.command("import")

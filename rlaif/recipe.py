@@ -17,6 +17,7 @@ from rlaif.errors import ConfigError
 from rlaif.filters import REASONS
 from rlaif.overrides import Overridden, override
 from rlaif.sections import Fraction, NonNegative, Positive, PositiveFloat, Section
+from rlaif.sections import HumanSection as HumanSection
 from rlaif.sections import LabelSection as LabelSection
 from rlaif.sections import SamplingSection as SamplingSection
 from rlaif.sections import WarmSamplingSection as WarmSamplingSection
@@ -118,14 +119,6 @@ class SftSection(TrainingSection):
     """Supervised fine-tuning on demonstrations."""
 
     heldout_fraction: Fraction = Field(0.1, description="share of demonstrations kept for the held-out loss")
-
-
-class HumanSection(Section):
-    """Where comparisons come from when `feedback` is `human` or `mixed`."""
-
-    files: list[str] = []
-    annotator: str = "human"
-    tag: str = Field("", description="tag of rows that bring none")
 
 
 class RewardSection(TrainingSection):
@@ -345,6 +338,7 @@ def _refuse_unknown_engines(document: Document, recipe: Recipe) -> None:
             if name not in known:
                 near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
                 hint = f"did you mean `{near[0]}`?" if near else f"known: {', '.join(known)}."
-                problems.append(f"{document.where(section, key)}: {section}.{key}: no engine `{name}`; {hint}")
+                message = f"{section}.{key}: no engine `{name}`; {hint}"
+                problems.append(document.problem((section, key), "unknown-engine", message))
     if problems:
-        raise ConfigError("\n".join(problems))
+        raise ConfigError(*problems)

@@ -116,6 +116,14 @@ class LabelSection(Section):
         return HERE_TOLERANCE if here else SERVER_TOLERANCE
 
 
+class HumanSection(Section):
+    """Where comparisons come from when `feedback` is `human` or `mixed`."""
+
+    files: list[str] = []
+    annotator: str = "human"
+    tag: str = Field("", description="tag of rows that bring none")
+
+
 def _check_function(method: str, function: str | None, key: str) -> None:
     if method == "function" and not function:
         raise ValueError(f"the method `function` needs the name of a registered function; give `{key}`")

@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from rlaif import constitution as constitutions
+from rlaif.constitution import Placed
 from rlaif.endpoints import BASE
 from rlaif.engines.engine import Answer
 from rlaif.errors import ConstitutionError, DataError
 from rlaif.journal import Unit
 from rlaif.pipeline import journal_copy, open_run
+from rlaif.principles import Principle
 from rlaif.progress import Progress
 from rlaif.prompt_sets import line_of
 from rlaif.records import read_jsonl, text_of
@@ -212,12 +214,13 @@ class _Ancestry:
         return node
 
     @cached_property
-    def _files(self) -> list[Any] | str:
-        """The files of the constitution as they are now, or why they cannot be read."""
+    def _entries(self) -> list[Placed] | str:
+        """The entries of the constitution as it is now, file by file, or why it cannot be read."""
         try:
-            return constitutions.chain(self._run.loaded.constitution)
+            reading = constitutions.read(self._run.loaded.constitution)
         except ConstitutionError as problem:
             return str(problem)
+        return reading.entries if not reading.problems else str(reading.problems[0])
 
     # --- what rows come from ------------------------------------------------------------------------------------
 
@@ -273,22 +276,21 @@ class _Ancestry:
     def _principle(self, identifier: str, known: str | None, key: str, origin: dict[str, Any] | None = None) -> Node:
         """Return a principle with the place of its sentence, and whether it is what the row was made under."""
         node = Node("principle", identifier)
-        if isinstance(self._files, str):
-            node.note = f"the constitution cannot be read now: {self._files}"
+        if isinstance(self._entries, str):
+            node.note = f"the constitution cannot be read now: {self._entries}"
             return node
-        for document, content in reversed(self._files):
-            for index, principle in enumerate(content.principles):
-                if principle.id != identifier:
-                    continue
-                node.where, node.text = document.where("principles", index, "text"), principle.text
-                wording = getattr(principle, key)
-                asked = document.where("principles", index, key) if wording else "built from the text"
-                node.facts = {f"{key} asked with": asked, "hash": principle.hash[:16]}
-                if known is not None and known != principle.hash:
-                    node.note = f"REWORDED SINCE: this row was made under other words (hash {known[:16]})"
-                elif known is None and origin and self._constitution_note(origin):
-                    node.note = "whether this principle was reworded since is not recorded; the constitution was"
-                return node
+        for placed in reversed(self._entries):  # an entry of a later file replaces those of the files it extends
+            principle = placed.entry
+            if not isinstance(principle, Principle) or principle.id != identifier:
+                continue
+            node.where, node.text = placed.problem("text", "", "").place, principle.text
+            asked = placed.problem(key, "", "").place if getattr(principle, key) else "built from the text"
+            node.facts = {f"{key} asked with": asked, "hash": principle.hash[:16]}
+            if known is not None and known != principle.hash:
+                node.note = f"REWORDED SINCE: this row was made under other words (hash {known[:16]})"
+            elif known is None and origin and self._constitution_note(origin):
+                node.note = "whether this principle was reworded since is not recorded; the constitution was"
+            return node
         node.note = "NO LONGER IN THE CONSTITUTION"
         return node
 
@@ -296,7 +298,7 @@ class _Ancestry:
         known = origin.get("constitution_hash")
         if known is None:
             return ""
-        if isinstance(self._files, str):
+        if isinstance(self._entries, str):
             return "the constitution cannot be read now"
         now = self._run.constitution
         hashes = {now.hash_of("principles", "examples"), now.hash_of("principles", "examples", "comparisons")}

@@ -169,6 +169,29 @@ def test_every_yaml_example_is_a_valid_recipe_or_constitution(tmp_path: Path) ->
     assert sorted(set(kinds)) == ["constitution", "recipe"]
 
 
+def problem_codes() -> set[str]:
+    """Return the codes of problems that the code of constitutions gives."""
+    found: set[str] = set()
+    for name in ("documents", "constitution", "constitution_check"):
+        for node in ast.walk(ast.parse((ROOT / "rlaif" / f"{name}.py").read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call):
+                called = getattr(node.func, "attr", getattr(node.func, "id", ""))
+                texts = [one.value for one in node.args if isinstance(one, ast.Constant) and isinstance(one.value, str)]
+                if called in ("Problem", "problem", "_warning", "get"):
+                    found |= {
+                        text
+                        for text in texts
+                        if re.fullmatch(r"[a-z]+(-[a-z]+)+|circle|contradiction|unreadable", text)
+                    }
+    return found | {"missing-key", "unknown-key"}  # named in a table of pydantic's types
+
+
+def test_every_code_of_a_problem_is_explained_and_no_other() -> None:
+    cells = rows(PAGES["constitutions.md"], "## Check")[1:]
+    assert sorted(code for row in cells for code in ticked(row[0])) == sorted(problem_codes())
+    assert {row[1] for row in cells} == {"error", "warning"}
+
+
 # --- metrics ------------------------------------------------------------------------------------------------------
 
 

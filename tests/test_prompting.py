@@ -16,7 +16,7 @@ from rlaif.prompting import Template, load_template, sandbox
 
 GOLDEN = Path(__file__).parent / "golden"
 SHIPPED = sorted(path.stem for path in shipped("prompts").glob("*.jinja"))
-NAMES = ["compare", "contrast", "critique", "gather", "rate", "revise", "weigh"]
+NAMES = ["compare", "contrast", "critique", "gather", "propose", "rate", "revise", "weigh"]
 ANSWER = "Put it into boiling water\nfor eight minutes."
 VALUES = {
     "compare": {
@@ -33,6 +33,12 @@ VALUES = {
     "contrast": {"principles": "- The answer is kind.\n- The answer is true."},
     "critique": {"prompt": "How do I boil an egg?", "response": ANSWER, "request": "Say what is missing."},
     "gather": {"principles": "- The answer is kind.\n- The answer is true."},
+    "propose": {
+        "prompt": "How do I boil an egg?",
+        "first": ANSWER,
+        "second": "I can't talk about boiling.",
+        "better": "A",
+    },
     "rate": {"prompt": "How do I boil an egg?", "response": ANSWER, "principle": "The answer helps."},
     "instruct": {"prompt": "How do I boil an egg?", "instructions": "Answer in one sentence."},
     "revise_directly": {

@@ -132,6 +132,23 @@ def _read(settings: ModelSection, source: str, device: torch.device, dtype: torc
     return lm, tokenizer, config
 
 
+def load_tokenizer(name: str) -> ChatTokenizer:
+    """Load the tokenizer of a model and nothing else: an embedded name, a local folder or a Hub id.
+
+    Raises:
+        ModelError: no such model, no tokenizer, or no chat template.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(resolve(name), trust_remote_code=False)
+    except _BROKEN as problem:
+        reason = " ".join(str(problem).split())[:300] or type(problem).__name__
+        raise ModelError(
+            f"model `{name}`: its tokenizer cannot be loaded: {reason} Expected: an embedded model "
+            f"({', '.join(builtin.EMBEDDED)}), a folder with a tokenizer, or the id of a model on the Hub."
+        ) from problem
+    return ChatTokenizer(tokenizer, name)
+
+
 def _drop_dropout(config: Any) -> None:
     """Set every rate of dropout to 0: attention reads its own from here, not from a module."""
     for part in {id(part): part for part in (config, config.get_text_config())}.values():

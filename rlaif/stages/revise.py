@@ -15,12 +15,11 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from rlaif.constitution import Example, Principle
 from rlaif.engines.engine import Answer, Engine, Question, ask
 from rlaif.model.roles import SharedBase
-from rlaif.prompting import Template
 from rlaif.recipe import SamplingSection
-from rlaif.records import Messages, Prompt, assistant
+from rlaif.records import Messages, Prompt
+from rlaif.requests import revision_request, worked_examples
 from rlaif.stages.chains import Chain, Step, parts
 from rlaif.stages.demonstrations import write
 from rlaif.stages.run import Run
@@ -91,18 +90,17 @@ def critique_and_revise(
     """
     chains = [chain for chain in chains if not chain.error]
     settings = run.recipe.revise
-    examples = run.constitution.examples[: settings.few_shot]
     for chain in chains:
         principle = run.principle_for(chain.prompt, step, tag=tag or "")
         chain.steps.append(Step(principle))
     # Both waves see the answer as it stood before this step.
     for part, template in parts(run).items():
-        shown = [turn for example in examples for turn in worked_example(run, template, example)]
+        shown = worked_examples(run.constitution, template, settings.few_shot)
         questions = []
         for chain in chains:
             now = chain.steps[-1]
             values = {"prompt": chain.prompt.prompt, "response": chain.before}
-            request = _render(template, now.principle, critique=now.critique, **values)
+            request = revision_request(template, now.principle, critique=now.critique, **values)
             messages: Messages = [*shown, {"role": "user", "content": request}]
             key = f"{chain.prompt.id}/{part}-{step}"
             questions.append(question(run, key, messages, settings.sampling))
@@ -117,26 +115,6 @@ def critique_and_revise(
             else:
                 chain.steps[-1].revision, chain.steps[-1].ended = unquoted(text), ended
         chains = [chain for chain in chains if not chain.error]
-
-
-def worked_example(run: Run, template: Template, example: Example) -> Messages:
-    """Return a worked example of the constitution as a turn of the user and one of the assistant."""
-    principle = run.constitution.principle(example.principle)
-    values = {"prompt": example.prompt, "response": example.response, "critique": example.critique}
-    answer = example.critique if template.name == "critique" else example.revision
-    return [{"role": "user", "content": _render(template, principle, **values)}, *assistant(answer)]
-
-
-def _render(template: Template, principle: Principle, *, critique: str, **values: str) -> str:
-    if template.name == "critique":
-        return template.render(**values, request=principle.critique_request())
-    if template.name == "revise":
-        return template.render(**values, critique=critique, request=principle.revision_request())
-    built = (  # as `Principle.revision_request` builds it, without the reviewer
-        f"Write the answer again so that it follows this principle: {principle.text}\n"
-        "Keep what follows it already. If nothing has to change, repeat the answer as it is."
-    )
-    return template.render(**values, request=principle.revision or built)
 
 
 def question(run: Run, item_id: str, messages: Messages, sampling: SamplingSection, *, sample: int = 0) -> Question:
