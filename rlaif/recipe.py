@@ -96,7 +96,7 @@ class ReviseSection(Section):
     few_shot: int = Field(3, ge=0, description="worked examples of the constitution shown before each request")
     must_refuse_tags: list[str] = Field([], description="tags whose revision must decline, else it is set aside")
     filters: list[str] = Field(list(REASONS), description="what sets a text aside; see rlaif/filters.py")
-    batch_size: Positive = 16
+    batch_size: Positive = 32
 
     @field_validator("filters")
     @classmethod
@@ -131,7 +131,7 @@ class LabelSection(Section):
     min_judge_accuracy: Fraction = Field(0.6, description="on the constitution's tests; below it `judge` stops")
     allow_weak_judge: bool = Field(False, description="go on below min_judge_accuracy")
     min_strength: NonNegative = Field(0.0, description="logits; weaker judgements are ties and are set aside")
-    batch_size: Positive = 16
+    batch_size: Positive = 32
 
 
 class HumanSection(Section):
@@ -204,7 +204,7 @@ class EvaluateSection(Section):
     sampling: SamplingSection = SamplingSection()
     prompts_per_tag: dict[str, Positive] = {}
     judge_prompts_per_tag: int = Field(8, ge=0, description="prompts of each tag that the judge compares; 0: no judge")
-    batch_size: Positive = 16
+    batch_size: Positive = 32
 
 
 class Recipe(Section):
