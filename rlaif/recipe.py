@@ -97,7 +97,7 @@ class ReviseSection(Section):
     responder: str = Field(BASE, description="who writes responses: `base`, or a name in `engines`")
     critic: str = Field(BASE, description="who writes critiques")
     reviser: str = Field(BASE, description="who writes revisions")
-    batch_size: Positive = 16
+    batch_size: Positive = 32
 
     @field_validator("filters")
     @classmethod
@@ -184,7 +184,7 @@ class EvaluateSection(Section):
     prompts_per_tag: dict[str, Positive] = {}
     judge: str = Field(BASE, description="who judges: `base`, or a name in `engines`")
     judge_prompts_per_tag: int = Field(8, ge=0, description="prompts of each tag that the judge compares; 0: no judge")
-    batch_size: Positive = 16
+    batch_size: Positive = 32
 
 
 class Recipe(Section):

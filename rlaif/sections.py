@@ -87,7 +87,7 @@ class LabelSection(Section):
     gold_rate: Fraction = Field(0.05, description="pairs of known outcome planted, as a share of the real ones")
     attacks: int = Field(24, ge=0, description="steering attempts that the judge is tried with")
     reference: str | None = Field(None, description="a file of people's labels to compare the labels with")
-    batch_size: Positive = 16
+    batch_size: Positive = 32
 
     @model_validator(mode="after")
     def _fits_together(self) -> "LabelSection":
