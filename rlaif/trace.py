@@ -204,9 +204,9 @@ class _Ancestry:
             if step["critique"]:
                 critique = Node(f"critique {number + 1}", text=step["critique"])
                 critique.sources = self._answers("revise", f"{prompt_id}/critique-{number}", step["critique"], "answer")
-                critique.sources.append(self._principle(step["principle"], step["principle_hash"], "critique"))
+                critique.sources.append(self._principle(step["principle"], step.get("principle_hash"), "critique"))
                 part.sources.append(critique)
-            part.sources.append(self._principle(step["principle"], step["principle_hash"], "revision"))
+            part.sources.append(self._principle(step["principle"], step.get("principle_hash"), "revision"))
             node.sources.append(part)
         response = Node("response", text=row["response"])
         response.sources = self._answers("revise", f"{prompt_id}/response", row["response"], "answer")
