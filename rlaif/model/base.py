@@ -132,12 +132,52 @@ def _read(settings: ModelSection, source: str, device: torch.device, dtype: torc
     return lm, tokenizer, config
 
 
+def load_tokenizer(name: str) -> ChatTokenizer:
+    """Load the tokenizer of a model and nothing else: an embedded name, a local folder or a Hub id.
+
+    Raises:
+        ModelError: no such model, no tokenizer, or no chat template.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(resolve(name), trust_remote_code=False)
+    except _BROKEN as problem:
+        reason = " ".join(str(problem).split())[:300] or type(problem).__name__
+        raise ModelError(
+            f"model `{name}`: its tokenizer cannot be loaded: {reason} Expected: an embedded model "
+            f"({', '.join(builtin.EMBEDDED)}), a folder with a tokenizer, or the id of a model on the Hub."
+        ) from problem
+    return ChatTokenizer(tokenizer, name)
+
+
 def _drop_dropout(config: Any) -> None:
     """Set every rate of dropout to 0: attention reads its own from here, not from a module."""
     for part in {id(part): part for part in (config, config.get_text_config())}.values():
         for name, value in vars(part).items():
             if isinstance(value, float) and "drop" in name:
                 setattr(part, name, 0.0)
+
+
+def identity_of(settings: ModelSection) -> dict[str, Any]:
+    """Return the identity of the model that a recipe names, without loading or fetching it.
+
+    Raises:
+        ModelError: its configuration is not on this machine.
+    """
+    name = settings.model_name_or_path
+    if name in builtin.EMBEDDED and not builtin.is_fetched(name):
+        return {"model": name, "weights": "not fetched yet"}
+    source = resolve(name)
+    try:
+        config = AutoConfig.from_pretrained(
+            source, revision=settings.model_revision, trust_remote_code=False, local_files_only=True
+        )
+    except _BROKEN as problem:
+        reason = " ".join(str(problem).split())[:200]
+        raise ModelError(
+            f"model `{name}`: its configuration is not on this machine: {reason} A plan fetches nothing; fetch the "
+            "model first, or run the recipe."
+        ) from problem
+    return identity(settings, source, config)
 
 
 def identity(settings: ModelSection, source: str, config: Any) -> dict[str, Any]:
