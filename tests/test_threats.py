@@ -177,7 +177,7 @@ def test_a_chat_template_that_writes_without_end_is_refused_before_anything_is_e
 
 @pytest.mark.parametrize("body", ["{{ 'a' * 10**6 }}", "{% for n in range(9**5) %}{{ 'aa' }}{% endfor %}"])
 def test_a_chat_template_that_writes_much_around_little_is_refused(body: str) -> None:
-    with pytest.raises(ModelError, match="`m`: its chat template makes 1[0-9]{6} characters of a short conversation"):
+    with pytest.raises(ModelError, match="`m`: its chat template makes 1[0-9]{5,6} characters of a short conversation"):
         ChatTokenizer(byte_tokenizer(CHATML + body, eos_token="<|im_end|>"), "m")
 
 

@@ -136,7 +136,8 @@ def from_revisions(run: Run) -> tuple[list[Candidate], Unused]:
     unused: Unused = []
     for prompt, row in revised_chains(run):
         if row.get("error"):
-            unused.append(no_answer(prompt, f"revise: {row['error']}"))
+            if prompt.tag in run.recipe.revise.revise_tags:  # others have no revision to wait for
+                unused.append(no_answer(prompt, f"revise: {row['error']}"))
         elif row["steps"]:
             texts = {"revision": row["steps"][-1]["revision"], "response": row["response"]}
             _pair_up(run, prompt, texts, found, unused)
