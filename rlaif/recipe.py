@@ -212,7 +212,7 @@ class Recipe(Section):
     def _named(cls, engines: dict[str, Endpoint]) -> dict[str, Endpoint]:
         for name in engines:
             if name in (BASE, RAY) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
-                raise ValueError(f"`{name}`: letters, digits, `_`, `-` are expected, and neither `{BASE}` nor `{RAY}`")
+                raise ValueError(f"`{name}`: letters, digits, `_` and `-` are expected, not `{BASE}` or `{RAY}`")
         return engines
 
     @field_validator("stages")

@@ -274,13 +274,15 @@ class Cluster:
                 "num_cpus": math.ceil(self._settings.workers * self._settings.cpus_per_worker) + _SPARE_CPUS,
                 "object_store_memory": _STORE_BYTES,
                 "_temp_dir": self._folder,  # nobody else can read it, and it is removed
-                "_node_ip_address": "127.0.0.1",  # else other machines could reach the cluster
             }
         self._ours = True
         try:
+            if address and address != "auto":  # Ray itself would try for many minutes
+                host, _, port = address.removeprefix("ray://").rpartition(":")
+                socket.create_connection((host, int(port)), timeout=10).close()
             with _stderr_aside():
                 ray.init(address=address or "local", **options)
-        except (OSError, RuntimeError, ValueError, ImportError, ray.exceptions.RayError) as problem:
+        except (OSError, OverflowError, RuntimeError, ValueError, ImportError, ray.exceptions.RayError) as problem:
             self.stop()
             raise EngineError(self._unreachable(problem)) from None
         return data
@@ -310,11 +312,11 @@ class Cluster:
         return room
 
     def _unreachable(self, problem: Exception) -> str:
-        reason = " ".join(str(problem).split())[:300] or type(problem).__name__
+        reason = " ".join(str(problem).split())[:300].rstrip(".") or type(problem).__name__
         if self._settings.address is None:
-            return f"engine `ray`: no cluster can be started on this machine: {reason}"
+            return f"engine `ray`: no cluster can be started on this machine: {reason}."
         return (
-            f"engine `ray`: no cluster at ray.address `{self._settings.address}`: {reason} Start one with `ray start "
+            f"engine `ray`: no cluster at ray.address `{self._settings.address}`: {reason}. Start one with `ray start "
             "--head`, or leave ray.address out for a cluster on this machine; then run again."
         )
 
