@@ -40,7 +40,9 @@ class WarmSamplingSection(SamplingSection):
 class RaySection(Section):
     """The cluster whose workers answer where a recipe names the engine `ray`."""
 
-    address: str | None = Field(None, description="`auto`, HOST:PORT or ray://HOST:PORT; absent: on this machine")
+    address: str | None = Field(
+        None, description="of a running cluster: `auto` or HOST:PORT; absent: one on this machine"
+    )
     workers: Positive = Field(2, description="copies of the model at most, over all machines")
     cpus_per_worker: Positive = 1
     gpus_per_worker: Fraction = Field(0.0, description="0: a worker computes on the CPU; 0.5: two share a GPU")
@@ -48,8 +50,10 @@ class RaySection(Section):
     @field_validator("address")
     @classmethod
     def _can_be_asked(cls, address: str | None) -> str | None:
-        if address is not None and address != "auto" and not re.fullmatch(r"(ray://)?[\w.-]+:[0-9]{1,5}", address):
-            raise ValueError("`auto`, HOST:PORT or ray://HOST:PORT is expected; leave it out for a cluster here")
+        if address is not None and address.startswith("ray://"):
+            raise ValueError("Ray Data cannot be driven through a Ray client; run on a machine of the cluster: `auto`")
+        if address is not None and address != "auto" and not re.fullmatch(r"[\w.-]+:[0-9]{1,5}", address):
+            raise ValueError("`auto` or HOST:PORT is expected; leave it out for a cluster on this machine")
         return address
 
     @property

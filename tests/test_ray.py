@@ -1,4 +1,4 @@
-"""The engine `ray` without a cluster: what is sent to workers, what comes back, what is refused, what is put into words.
+"""The engine `ray` without a cluster: what is sent, what comes back, what is refused, what is put into words.
 
 `Here` stands for the cluster and lets one worker answer in this process, last row first; the tests of `Cluster` put a
 package of their own in Ray's place.
@@ -22,7 +22,8 @@ from test_recipe import complaint, recipe
 from rlaif.engines import ray as engine_module
 from rlaif.engines.engine import Answer, Question, ask, request_hash
 from rlaif.engines.local import LocalEngine
-from rlaif.engines.ray import Cluster, RayEngine, Worker, packed, require, unpacked
+from rlaif.engines.ray import Cluster, RayEngine, require
+from rlaif.engines.workers import Worker, packed, unpacked
 from rlaif.errors import ConfigError, DeviceError, EngineError, ModelError
 from rlaif.journal import Journal
 from rlaif.model.roles import BASE, SharedBase
@@ -55,7 +56,7 @@ class Here:
 @pytest.fixture(autouse=True)
 def _on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    for module in ("rlaif.engines.ray", "rlaif.model.base"):
+    for module in ("rlaif.engines.workers", "rlaif.model.base"):
         monkeypatch.setattr(f"{module}.default_device", lambda: torch.device("cpu"))
 
 
@@ -204,7 +205,7 @@ def test_a_recipe_names_ray_wherever_an_engine_may_be_named(tmp_path: Path) -> N
     found = recipe(tmp_path, RECIPE + "evaluate: {judge: ray}\n")
     assert (found.ray.address, found.ray.workers, found.ray.cpus_per_worker, found.ray.kind) == (None, 2, 1, "cpu")
     assert found.engines_of("revise") == {"responder": "ray", "critic": "ray", "reviser": "base"}
-    for address in ("auto", "10.0.0.1:6379", "ray://head.example:10001"):
+    for address in ("auto", "10.0.0.1:6379", "head.example:6379"):
         assert recipe(tmp_path, f"{RECIPE}ray: {{address: '{address}'}}\n").ray.address == address
     assert recipe(tmp_path, RECIPE + "ray: {gpus_per_worker: 0.5}\n").ray.kind == "cuda"
 
@@ -212,8 +213,9 @@ def test_a_recipe_names_ray_wherever_an_engine_may_be_named(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("section", "words"),
     [
-        ("{address: head}", "ray.address: `auto`, HOST:PORT or ray://HOST:PORT is expected"),
-        ("{address: 'http://head:8265'}", "ray.address: `auto`, HOST:PORT"),
+        ("{address: head}", "ray.address: `auto` or HOST:PORT is expected"),
+        ("{address: 'ray://head:10001'}", "ray.address: Ray Data cannot be driven through a Ray client"),
+        ("{address: 'http://head:8265'}", "ray.address: `auto` or HOST:PORT"),
         ("{workers: 0}", "ray.workers"),
         ("{cpus_per_worker: 0}", "ray.cpus_per_worker"),
         ("{gpus_per_worker: 2}", "ray.gpus_per_worker"),
@@ -248,9 +250,11 @@ class TaskError(RayError):
     """As Ray reports an exception of a worker: with everything that it held."""
 
     def __init__(self) -> None:
-        super().__init__(f"Traceback ... ValueError: {SECRET}")
-        self.cause = ValueError(SECRET)
-        self.traceback_str = f'File "/a/b.py", line 3, in f\n  x\nFile "/a/c.py", line 7, in g\nValueError: {SECRET}'
+        super().__init__(
+            f'ray::W.submit()\n  File "/a/rlaif/c.py", line 7, in g\n    x({SECRET})\n  File "/d.py", line 3, in f\n'
+            f"    y()\n    ^^^\njson.decoder.JSONDecodeError: {SECRET}\n\nThe above exception was the direct cause of "
+            'the following exception:\n\nray::W\n  File "/z.py", line 1, in z\nUserCodeException: UDF failed'
+        )
 
 
 class FakeRay:
@@ -280,7 +284,7 @@ class FakeRay:
     def nodes(self) -> list[dict[str, Any]]:
         return [{"Alive": True, "Resources": node} for node in self._nodes] + [{"Alive": False, "Resources": {}}]
 
-    def ActorPoolStrategy(self, size: int) -> int:  # noqa: N802
+    def ActorPoolStrategy(self, size: int) -> int:
         return size
 
     def from_items(self, rows: list[dict[str, Any]], override_num_blocks: int) -> "FakeRay":
@@ -320,7 +324,7 @@ ROWS = [{"number": n, "questions": f"q{n}"} for n in range(3)]
 def test_a_cluster_is_started_here_with_cpus_to_spare_and_stopped_with_its_folder(fake: Any) -> None:
     ray = fake(FakeRay())
     cluster = Cluster(RaySection(workers=5, cpus_per_worker=2))
-    with pytest.raises(EngineError, match="a worker failed with ValueError"):
+    with pytest.raises(EngineError, match="a worker failed with JSONDecodeError"):
         ray.problem = TaskError()
         list(cluster.rows(ROWS, "task"))
     ray.problem = None
@@ -376,7 +380,8 @@ def test_a_cluster_that_is_not_there_is_one_message(fake: Any, monkeypatch: pyte
         list(Cluster(RaySection(address="auto")).rows(ROWS, "task"))
     assert str(found.value) == (
         "engine `ray`: no cluster at ray.address `auto`: Could not find any running Ray instance. Start one with "
-        "`ray start --head`, or leave ray.address out for a cluster on this machine; then run again."
+        "`ray start --head` (one that asks for a token needs RAY_AUTH_MODE=token), or leave ray.address out for a "
+        "cluster on this machine; then run again."
     )
     assert ray.calls[-1] == "shutdown"
     ray.calls.clear()
@@ -388,7 +393,7 @@ def test_a_cluster_that_is_not_there_is_one_message(fake: Any, monkeypatch: pyte
 def test_what_a_worker_died_of_is_told_without_what_it_was_asked(fake: Any) -> None:
     ray = fake(FakeRay())
     for problem, words in (
-        (TaskError(), "a worker failed with ValueError at c.py:7."),
+        (TaskError(), "a worker failed with JSONDecodeError at c.py:7."),
         (RayError(SECRET), "a worker or a machine was lost (RayError)"),
     ):
         ray.problem = problem

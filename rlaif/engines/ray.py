@@ -23,18 +23,16 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
-from rlaif.engines.engine import Answer, Answered, Engine, Question
-from rlaif.engines.local import LocalEngine
-from rlaif.errors import ConfigError, DataError, DeviceError, EngineError, RlaifError
-from rlaif.model.base import compute_dtype, default_device, describe, resolve
-from rlaif.model.roles import BASE, SharedBase
+from rlaif.engines.engine import Answered, Question
+from rlaif.engines.workers import Worker, packed, unpacked
+from rlaif.errors import ConfigError, EngineError
+from rlaif.model.base import compute_dtype, describe, resolve
 from rlaif.model.sampling import batches_by_length
 from rlaif.recipe import ModelSection, RaySection
 
@@ -110,81 +108,6 @@ class RayEngine:
             yield list(zip(batch, unpacked(row["result"]), strict=True))
 
 
-def packed(questions: Sequence[Question]) -> str:
-    """Return questions as JSON."""
-    return json.dumps([asdict(question) for question in questions])
-
-
-def unpacked(result: str) -> list[Answer]:
-    """Return the answers in a worker's JSON.
-
-    Raises:
-        EngineError: the worker could not answer.
-    """
-    found = json.loads(result)
-    if "problem" in found:
-        raise EngineError(f"engine `ray`: on the machine {found['machine']}: {found['problem']}")
-    return [Answer(**{**answer, "logprobs": tuple(answer["logprobs"])}) for answer in found["answers"]]
-
-
-# --- in a worker --------------------------------------------------------------------------------------------------
-
-
-class Worker:
-    """A copy of the model in a process of its own, which Ray starts."""
-
-    def __init__(self, task: str):
-        """Load nothing yet: a model that cannot be loaded must become a row, and not a worker that cannot start."""
-        self._task = json.loads(task)
-
-    def __call__(self, rows: dict[str, Sequence[Any]]) -> dict[str, Sequence[Any]]:
-        """Answer the batches in the rows."""
-        return {"number": rows["number"], "result": [self._result(questions) for questions in rows["questions"]]}
-
-    def _result(self, questions: str) -> str:
-        try:
-            rows = [Question(**{**row, "options": tuple(row["options"])}) for row in json.loads(questions)]
-            return json.dumps({"answers": [asdict(answer) for answer in answered(self._engine, rows)]})
-        except RlaifError as problem:
-            return json.dumps({"problem": str(problem), "machine": socket.gethostname()})
-
-    @cached_property
-    def _engine(self) -> LocalEngine:
-        """Load the model, and see that it is the one that the answers are stored under."""
-        wanted: dict[str, Any] = self._task["identity"]
-        if wanted["device"] == "cpu":
-            os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a GPU that the worker has not asked for
-        if default_device().type != wanted["device"]:
-            raise DeviceError(
-                "there is no NVIDIA GPU that torch can use, and ray.gpus_per_worker asks for one. Install a build of "
-                "torch for GPUs there, or set ray.gpus_per_worker to 0."
-            )
-        settings = ModelSection.model_validate(self._task["model"])
-        base = SharedBase.load(settings)
-        name = wanted["model"]
-        differs = sorted(key for key, value in base.identity.items() if key != "model" and value != wanted[key])
-        if differs:
-            raise EngineError(
-                f"the model `{name}` is another one than where the run was started (its {', '.join(differs)} differ). "
-                "Put the same files there, or into a folder that all machines share."
-            )
-        return LocalEngine(base, BASE, batch_size=self._task["batch_size"])
-
-
-def answered(engine: Engine, questions: Sequence[Question]) -> list[Answer]:
-    """Let an engine answer questions; those that do not fit the model get an answer that says so."""
-    found: dict[int, Answer] = {}
-    for question in questions:
-        try:
-            engine.batches([question])
-        except DataError as problem:
-            found[id(question)] = Answer(error=str(problem))
-    good = [question for question in questions if id(question) not in found]
-    for group in engine.answers(engine.batches(good)):
-        found |= {id(question): answer for question, answer in group}
-    return [found[id(question)] for question in questions]
-
-
 # --- the cluster --------------------------------------------------------------------------------------------------
 
 
@@ -213,7 +136,7 @@ class Cluster:
 
     def __init__(self, settings: RaySection, say: Callable[[str], None] = lambda line: None):
         self._settings, self._say = settings, say
-        self._ours = False
+        self._ours = self._told = False
         self._folder: str | None = None
 
     def rows(self, rows: Sequence[Row], task: str) -> Iterator[Row]:
@@ -278,7 +201,7 @@ class Cluster:
         self._ours = True
         try:
             if address and address != "auto":  # Ray itself would try for many minutes
-                host, _, port = address.removeprefix("ray://").rpartition(":")
+                host, _, port = address.rpartition(":")
                 socket.create_connection((host, int(port)), timeout=10).close()
             with _stderr_aside():
                 ray.init(address=address or "local", **options)
@@ -307,7 +230,8 @@ class Cluster:
                 f"engine `ray`: a worker needs {wish}, and no machine of the cluster has them ({have}). Lower "
                 "ray.cpus_per_worker or ray.gpus_per_worker, or add machines; then run again."
             )
-        if room < settings.workers:
+        if room < settings.workers and not self._told:
+            self._told = True
             self._say(f"  engine `ray`: room for {room} of {settings.workers} workers ({wish} each; there are {have}).")
         return room
 
@@ -317,7 +241,8 @@ class Cluster:
             return f"engine `ray`: no cluster can be started on this machine: {reason}."
         return (
             f"engine `ray`: no cluster at ray.address `{self._settings.address}`: {reason}. Start one with `ray start "
-            "--head`, or leave ray.address out for a cluster on this machine; then run again."
+            "--head` (one that asks for a token needs RAY_AUTH_MODE=token), or leave ray.address out for a cluster on "
+            "this machine; then run again."
         )
 
 
@@ -337,16 +262,18 @@ def _stderr_aside() -> Iterator[None]:
 
 def _words(problem: Exception) -> str:
     """Return what happened to a worker, without any text that may hold a prompt or an answer."""
-    cause = getattr(problem, "cause", None)
-    frames = _FRAME.findall(getattr(problem, "traceback_str", ""))
-    if cause is None:
+    told = str(problem).partition("\n\nThe above exception")[0]  # Ray puts an error of its own behind the first one
+    frames = list(_FRAME.finditer(told))
+    if not frames:
         return (
             f"a worker or a machine was lost ({type(problem).__name__}), and {RESTARTS} further attempts did not help: "
             "often it ran out of memory. Lower batch_size of the stage or ray.workers. All answers so far are stored; "
             "run the same command again."
         )
-    place = f" at {Path(frames[-1][0]).name}:{frames[-1][1]}" if frames else ""
+    kind = re.search(r"^(?:\w+\.)*(\w+)", told[frames[-1].end() :].partition("\n")[2], re.MULTILINE)
+    place = next((one for one in reversed(frames) if "/rlaif/" in one[1]), frames[-1])
     return (
-        f"a worker failed with {type(cause).__name__}{place}. If memory ran out, lower batch_size of the stage. All "
-        "answers so far are stored; run the same command again. If it fails again without `ray` as well, it is a bug."
+        f"a worker failed with {kind[1] if kind else 'an error'} at {Path(place[1]).name}:{place[2]}. If memory ran "
+        "out, lower batch_size of the stage. All answers so far are stored; run the same command again. If it fails "
+        "without `ray` as well, it is a bug."
     )
