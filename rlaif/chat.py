@@ -37,7 +37,8 @@ class Conversation:
         self._base.add_role(ALIGNED, adapter=adapter)
         self._settings = {"max_new_tokens": max_new_tokens, "temperature": temperature}
         self._seed = recipe.seed
-        self._turns: dict[str, Messages] = {BASE: [], ALIGNED: []}
+        system: Messages = [{"role": "system", "content": recipe.system_prompt}] if recipe.system_prompt else []
+        self._turns: dict[str, Messages] = {BASE: list(system), ALIGNED: list(system)}
 
     def ask(self, text: str) -> dict[str, str]:
         """Put one question to both; return their answers by role.

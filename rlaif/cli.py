@@ -13,6 +13,7 @@ from typing import Annotated
 
 import typer
 
+from rlaif.constitution_cli import constitution_app
 from rlaif.errors import RlaifError
 
 STAGE_TITLES = {
@@ -36,7 +37,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-constitution_app = typer.Typer(help="Check and show constitution files.", no_args_is_help=True)
 human_app = typer.Typer(help="Labels by people.", no_args_is_help=True)
 models_app = typer.Typer(help="The embedded models.", no_args_is_help=True)
 app.add_typer(constitution_app, name="constitution")
@@ -59,11 +59,22 @@ def run(
         str | None, typer.Option("--from", metavar="STAGE", help="Run this stage and later ones again.")
     ] = None,
     until: Annotated[str | None, typer.Option("--until", metavar="STAGE", help="Stop after this stage.")] = None,
+    plan_: Annotated[bool, typer.Option("--plan", help="Say what would run, and run and write nothing.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
     """Run a recipe: all stages that are not up to date, then the report."""
+    from rlaif.errors import ConfigError
     from rlaif.recipe import load_recipe
 
+    if as_json and not plan_:
+        raise ConfigError("--json: is of use with --plan only. Add --plan, or leave it out.")
     loaded = load_recipe(Path(recipe), set_)  # before torch is imported: mistakes are told at once
+    if plan_:
+        from rlaif import plan
+
+        plans = plan.plan(loaded, first=from_, last=until)
+        typer.echo(plan.as_json(plans) if as_json else "\n".join(plan.as_lines(plans)))
+        return
     from rlaif.pipeline import run_recipe
     from rlaif.progress import Progress
     from rlaif.report.run import write_report
@@ -97,6 +108,22 @@ def report(folder: RunArgument) -> None:
     from rlaif.report.run import write_report
 
     typer.echo(str(write_report(folder)))
+
+
+@app.command()
+def trace(
+    folder: RunArgument,
+    row_id: Annotated[str, typer.Argument(help="The id of a row that a stage wrote.", show_default=False)],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with whole texts.")] = False,
+) -> None:
+    """Print where a row came from, back to the sentence of the constitution that caused it."""
+    from rlaif import trace as ancestry
+
+    found = ancestry.trace(folder, row_id)
+    if as_json:
+        typer.echo(json.dumps(ancestry.as_json(found), indent=2, ensure_ascii=False))
+    else:
+        typer.echo("\n".join(ancestry.as_lines(found)))
 
 
 @app.command()
@@ -136,55 +163,6 @@ def env(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = F
     else:
         for key, value in found.items():
             typer.echo(f"{key:24} {value}")
-
-
-@constitution_app.command("check")
-def constitution_check(
-    paths: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Constitution files.", show_default=False)],
-) -> None:
-    """Check constitution files; every problem with its file, line and column."""
-    from rlaif.constitution import load
-    from rlaif.documents import find
-    from rlaif.errors import ConstitutionError
-
-    problems = []
-    for path in paths:
-        try:
-            found = load(find("constitutions", str(path)))
-        except ConstitutionError as problem:
-            problems.append(str(problem))
-        else:
-            typer.echo(
-                f"{path}: {found.name} {found.version}: {len(found.principles)} principles, "
-                f"{len(found.examples)} examples, {len(found.tests)} tests"
-            )
-    if problems:
-        raise ConstitutionError("\n".join(problems))
-
-
-@constitution_app.command("show")
-def constitution_show(
-    path: Annotated[Path, typer.Argument(help="A constitution file.", show_default=False)],
-    principle: Annotated[str | None, typer.Option(help="Only this principle, by its id.", show_default=False)] = None,
-) -> None:
-    """Show each principle with the requests that are built from it."""
-    from rlaif.constitution import load
-    from rlaif.documents import find
-
-    found = load(find("constitutions", str(path)))
-    for item in [found.principle(principle)] if principle else found.principles:
-        typer.echo(f"{item.id}: {item.title}\n  {item.text}")
-        typer.echo(f"  critique:   {item.critique_request()}\n  revision:   {item.revision_request()}")
-        typer.echo(f"  comparison: {item.comparison_question()}")
-        typer.echo(f"  weight {item.weight:g}; for prompts tagged {', '.join(item.applies_to) or 'anything'}\n")
-
-
-@constitution_app.command("schema")
-def constitution_schema() -> None:
-    """Print the JSON Schema of constitution files, for editors."""
-    from rlaif.constitution import json_schema
-
-    typer.echo(json.dumps(json_schema(), indent=2))
 
 
 @human_app.command("import")

@@ -9,155 +9,51 @@ import math
 import os
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import Field, ValidationError
 
-from rlaif.documents import Document, canonical_json, fingerprint, load_yaml, shipped, validate
+from rlaif.documents import (
+    Document,
+    Problem,
+    Severity,
+    canonical_json,
+    describe,
+    fingerprint,
+    load_yaml,
+    shipped,
+)
 from rlaif.errors import ConstitutionError
+from rlaif.principles import ID, Entry, Example, Id, JudgeTest, Principle, Text, WorkedComparison
 
-_ID = r"[a-z0-9]+(-[a-z0-9]+)*"
+__all__ = [
+    "Constitution",
+    "Difference",
+    "Example",
+    "JudgeTest",
+    "Placed",
+    "Principle",
+    "Reading",
+    "WorkedComparison",
+    "diff",
+    "draw",
+    "json_schema",
+    "load",
+    "read",
+]
+
 Part = Literal["principles", "examples", "comparisons", "tests"]
+KINDS: dict[Part, type[Principle | Example | WorkedComparison | JudgeTest]] = {
+    "principles": Principle,
+    "examples": Example,
+    "comparisons": WorkedComparison,
+    "tests": JudgeTest,
+}
 
 
-def _written(text: str) -> str:
-    """Drop the white space around a text, which YAML's block styles add and prompts should not carry."""
-    if not text.strip():
-        raise ValueError("an empty text; at least one word is expected")
-    return text.strip()
-
-
-def _identifier(text: str) -> str:
-    if not re.fullmatch(_ID, text):
-        raise ValueError("lower-case letters and digits with single hyphens are expected, as in `no-harm`")
-    return text
-
-
-Text = Annotated[str, AfterValidator(_written), Field(json_schema_extra={"pattern": r"\S"})]
-Id = Annotated[str, AfterValidator(_identifier), Field(json_schema_extra={"pattern": f"^{_ID}$"})]
-
-
-class _Entry(BaseModel):
-    """Base of all entries: unknown keys are errors, and an entry does not change once it is read."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Principle(_Entry):
-    """One statement of what a good answer does, and how a model is asked about it."""
-
-    id: Id = Field(description="Short stable name, unique in the file: lower-case words joined by hyphens.")
-    title: Text = Field(description="A few words for people; never shown to a model.")
-    text: Text = Field(description="What a good answer does, in one or two sentences.")
-    critique: Text | None = Field(
-        default=None, description="Wording of the request for a critique; built from `text` where absent."
-    )
-    revision: Text | None = Field(
-        default=None, description="Wording of the request for a revision; built from `text` where absent."
-    )
-    comparison: Text | None = Field(
-        default=None, description="Wording of the question put to a judge; built from `text` where absent."
-    )
-    weight: float = Field(
-        default=1.0,
-        gt=0,
-        allow_inf_nan=False,
-        strict=True,
-        description="How often this principle is drawn, relative to the others that apply; above 0.",
-    )
-    tags: list[Text] = Field(default=[], description="Free labels for people; never shown to a model.")
-    applies_to: list[Text] = Field(
-        default=[],
-        description="Tags and categories of the prompts it may be drawn for; an empty list means every prompt. "
-        "Principles that name a prompt's category are drawn before those that name its tag only.",
-    )
-
-    def critique_request(self) -> str:
-        """Return the words that ask for a critique of an answer under this principle."""
-        return self.critique or (
-            f"Compare the answer above with this principle: {self.text}\n"
-            "Name each place where the answer falls short of the principle and say why. "
-            "If it falls short nowhere, say that nothing has to change."
-        )
-
-    def revision_request(self) -> str:
-        """Return the words that ask for a revision of an answer after its critique."""
-        return self.revision or (
-            f"Write the answer again so that it follows this principle: {self.text}\n"
-            "Mend what the reviewer names and keep the rest. "
-            "If nothing has to change, repeat the answer as it is."
-        )
-
-    def comparison_question(self) -> str:
-        """Return the question that asks a judge which of two answers follows this principle better."""
-        return self.comparison or (
-            f"A good answer follows this principle: {self.text}\nWhich of the two answers follows it better?"
-        )
-
-    def applies(self, tag: str) -> bool:
-        """Tell whether this principle may be drawn for a prompt with this tag."""
-        return not self.applies_to or tag in self.applies_to
-
-    @property
-    def hash(self) -> str:
-        """SHA-256 (hexadecimal) of the id and of every word of this principle that a model can be shown.
-
-        The three requests count as they are sent, so writing out a built wording changes nothing. Title, tags, `weight`
-        and `applies_to` do not count; the last two decide what is drawn, and count in `Constitution.hash`.
-        """
-        requests = [self.critique_request(), self.revision_request(), self.comparison_question()]
-        return fingerprint([self.id, self.text, *requests])
-
-
-class Example(_Entry):
-    """A worked critique and revision, shown to the model before its own."""
-
-    id: Id = Field(description="Short stable name, unique among the examples.")
-    principle: Id = Field(description="Id of the principle whose requests are shown.")
-    prompt: Text = Field(description="What the person asks.")
-    response: Text = Field(description="The answer that is criticized.")
-    critique: Text = Field(description="What the critique should say; that nothing has to change, where so.")
-    revision: Text = Field(description="The revised answer; equal to `response` where nothing has to change.")
-
-
-class WorkedComparison(_Entry):
-    """A decided comparison, shown to the judge before its own."""
-
-    prompt: Text = Field(description="What the person asks.")
-    first: Text = Field(description="The answer shown first.")
-    second: Text = Field(description="The answer shown second; another text than `first`.")
-    better: Literal["first", "second"] = Field(description="Which of the two answers is the better one.")
-    principle: Id | None = Field(default=None, description="Id of the principle to judge by; the first if absent.")
-
-    @field_validator("second")
-    @classmethod
-    def _differs(cls, text: str, info: ValidationInfo) -> str:
-        return _unlike(text, "first", info)
-
-
-class JudgeTest(_Entry):
-    """A comparison with a known outcome, which a judge under this constitution must find."""
-
-    prompt: Text = Field(description="What the person asks.")
-    better: Text = Field(description="The answer the judge must prefer.")
-    worse: Text = Field(description="The answer the judge must not prefer; another text than `better`.")
-    principle: Id | None = Field(default=None, description="Id of the principle to judge by; the first if absent.")
-    tag: Text | None = Field(default=None, description="Tag of the prompt, for results by tag.")
-
-    @field_validator("worse")
-    @classmethod
-    def _differs(cls, text: str, info: ValidationInfo) -> str:
-        return _unlike(text, "better", info)
-
-
-def _unlike(text: str, other: str, info: ValidationInfo) -> str:
-    if info.data.get(other) == text:
-        raise ValueError(f"the same text as `{other}`; two different answers are expected")
-    return text
-
-
-class Constitution(_Entry):
+class Constitution(Entry):
     """Principles, worked examples, worked comparisons and judge tests: one file, or several merged."""
 
     name: Id = Field(description="Name of the constitution: lower-case words joined by hyphens.")
@@ -214,20 +110,46 @@ class Difference(NamedTuple):
     reweighted: list[str]
 
 
+class Placed(NamedTuple):
+    """One entry of a constitution and where it stands."""
+
+    document: Document
+    part: Part
+    number: int
+    entry: Principle | Example | WorkedComparison | JudgeTest
+
+    def problem(self, key: str, code: str, message: str, severity: Severity = "error") -> Problem:
+        """Return a problem at one key of the entry; with an empty key, at the entry."""
+        keys = (self.part, self.number, *([key] if key else []))
+        return self.document.problem(keys, code, message, severity)
+
+
+class Reading(NamedTuple):
+    """A file and all that it extends, as far as they can be read.
+
+    Attributes:
+        documents: the files; the one that extends nothing comes first.
+        entries: the entries without a fault of their own, file by file.
+        problems: everything that is wrong.
+    """
+
+    documents: list[Document]
+    entries: list[Placed]
+    problems: list[Problem]
+
+
 def load(path: Path) -> Constitution:
     """Read a constitution, merge what it extends, and check it as a whole.
 
     Raises:
-        ConstitutionError: one line ``file:line:column: key: problem`` for each problem of a file: what
+        ConstitutionError: one line ``file:line:column: key: problem`` for each problem of its files: what
             `documents.load_yaml` refuses, an unknown or missing key, a wrong value; then, over all files, an
             id used twice, a principle that is named and does not exist, a chain of `extends` that comes back.
     """
-    files = _chain(path)
-    contents = [content for _, content in files]
-    known = {principle.id for content in contents for principle in content.principles}
-    problems = [line for file in files for line in (*_repeated(*file), *_unknown(*file, known))]
-    if problems:
-        raise ConstitutionError("\n".join(problems))
+    reading = read(path)
+    if reading.problems:
+        raise ConstitutionError(*reading.problems)
+    contents = [Constitution.model_validate(document.data) for document in reading.documents]
     # Assigning to a key that a dict has keeps its place: an override stands where the parent's entry stood.
     principles = {principle.id: principle for content in contents for principle in content.principles}
     examples = {example.id: example for content in contents for example in content.examples}
@@ -241,46 +163,80 @@ def load(path: Path) -> Constitution:
     )
 
 
-def _chain(path: Path) -> list[tuple[Document, Constitution]]:
+def read(path: Path) -> Reading:
+    """Read a constitution and what it extends, and collect every problem instead of stopping at the first."""
+    documents, problems = _chain(path)
+    entries: list[Placed] = []
+    for document in documents:
+        try:
+            Constitution.model_validate(document.data)
+        except ValidationError as invalid:
+            problems += describe(document, Constitution, invalid)
+        for part, kind in KINDS.items():
+            rows = document.data.get(part)
+            for index, row in enumerate(rows if isinstance(rows, list) else []):
+                with suppress(ValidationError):
+                    entries.append(Placed(document, part, index, kind.model_validate(row)))
+    return Reading(documents, entries, [*problems, *_repeated(entries), *_unknown(documents, entries)])
+
+
+def _chain(path: Path) -> tuple[list[Document], list[Problem]]:
     """Read a file and everything it extends; the file that extends nothing comes first."""
-    files: list[tuple[Document, Constitution]] = []
+    documents: list[Document] = []
     seen: list[Path] = []
     while True:
-        document = load_yaml(path, ConstitutionError)
-        content = validate(document, Constitution, ConstitutionError)
-        files.insert(0, (document, content))
+        try:
+            document = load_yaml(path, ConstitutionError)
+        except ConstitutionError as refusal:
+            return documents, [_problem(path, said) for said in refusal.args]
+        documents.insert(0, document)
         seen.append(path.resolve())
-        if content.extends is None:
-            return files
-        where = document.where("extends")
-        candidates = [folder / content.extends for folder in (path.parent, shipped("constitutions"))]
-        found = [candidate for candidate in candidates if os.path.isfile(candidate)]
-        if not found:
-            raise ConstitutionError(f"{where}: extends: no file {candidates[0]}. Give a path beside this file.")
-        path = found[0]
+        parent = document.data.get("extends")
+        if not isinstance(parent, str) or not parent.strip():
+            return documents, []
+        candidates = [folder / parent.strip() for folder in (path.parent, shipped("constitutions"))]
+        files = [candidate for candidate in candidates if os.path.isfile(candidate)]
+        if not files:
+            message = f"extends: no file {candidates[0]}. Give a path beside this file."
+            return documents, [document.problem(["extends"], "no-parent", message)]
+        path = files[0]
         if path.resolve() in seen:
             names = " -> ".join(file.name for file in [*seen, path.resolve()])
-            raise ConstitutionError(f"{where}: extends: the chain comes back: {names}. Remove a link.")
+            message = f"extends: the chain comes back: {names}. Remove a link."
+            return documents, [document.problem(["extends"], "circle", message)]
 
 
-def _repeated(document: Document, content: Constitution) -> Iterator[str]:
-    parts: dict[str, Sequence[Principle | Example]] = {"principles": content.principles, "examples": content.examples}
-    for part, entries in parts.items():
-        first: dict[str, int] = {}
-        for index, entry in enumerate(entries):
-            if first.setdefault(entry.id, index) != index:
-                line = document.position((part, first[entry.id], "id"))[0]
-                where = f"{document.where(part, index, 'id')}: {part}.{index}.id"
-                yield f"{where}: `{entry.id}` stands already in line {line}. Choose another id."
+def _problem(path: Path, said: Problem | str) -> Problem:
+    if isinstance(said, Problem):
+        return said
+    return Problem(str(path), None, None, "unreadable", said.removeprefix(f"{path}: "))
 
 
-def _unknown(document: Document, content: Constitution, known: set[str]) -> Iterator[str]:
-    for part in ("examples", "comparisons", "tests"):
-        entries: Sequence[Example | WorkedComparison | JudgeTest] = getattr(content, part)
-        for index, entry in enumerate(entries):
-            if entry.principle is not None and entry.principle not in known:
-                where = f"{document.where(part, index, 'principle')}: {part}.{index}.principle"
-                yield f"{where}: no principle `{entry.principle}`; there are: {', '.join(sorted(known))}."
+def _repeated(entries: Sequence[Placed]) -> Iterator[Problem]:
+    first: dict[tuple[int, str, str], Placed] = {}
+    for placed in entries:
+        if isinstance(placed.entry, Principle | Example):
+            before = first.setdefault((id(placed.document), placed.part, placed.entry.id), placed)
+            if before is not placed:
+                line = before.problem("id", "", "").line
+                name = f"{placed.part}.{placed.number}.id"
+                message = f"{name}: `{placed.entry.id}` stands already in line {line}. Choose another id."
+                yield placed.problem("id", "repeated-id", message)
+
+
+def _unknown(documents: Sequence[Document], entries: Sequence[Placed]) -> Iterator[Problem]:
+    """Yield entries that name a principle that does not exist; none while the id of a principle is unreadable."""
+    lists = [document.data.get("principles") for document in documents]
+    rows = [row for rows in lists if isinstance(rows, list) for row in rows]
+    known = {row["id"].strip() for row in rows if isinstance(row, dict) and isinstance(row.get("id"), str)}
+    if not known or not all(isinstance(row, dict) and re.fullmatch(ID, str(row.get("id", ""))) for row in rows):
+        return
+    for placed in entries:
+        named = None if isinstance(placed.entry, Principle) else placed.entry.principle
+        if named is not None and named not in known:
+            where = f"{placed.part}.{placed.number}.principle"
+            message = f"{where}: no principle `{named}`; there are: {', '.join(sorted(known))}."
+            yield placed.problem("principle", "unknown-principle", message)
 
 
 def applying(constitution: Constitution, tag: str, category: str = "") -> list[Principle]:

@@ -13,7 +13,7 @@ import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ValidationError
 from ruamel.yaml import YAML
@@ -26,6 +26,7 @@ from rlaif.errors import RlaifError
 MAX_BYTES = 1 << 20
 Model = TypeVar("Model", bound=BaseModel)
 Key = str | int
+Severity = Literal["error", "warning"]
 _PLAIN_TAGS = {"map", "seq", "str", "int", "float", "bool", "null", "timestamp", "merge", "value"}
 _NUMBERS = YAML(typ="safe", pure=True).constructor
 
@@ -74,6 +75,25 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+class Problem(NamedTuple):
+    """One thing that is wrong with a file, as text ``file:line:column: message``; `code` names its kind to programs."""
+
+    file: str
+    line: int | None
+    column: int | None
+    code: str
+    message: str
+    severity: Severity = "error"
+
+    @property
+    def place(self) -> str:
+        """``file:line:column``, as far as it is known."""
+        return ":".join(str(part) for part in self[:3] if part is not None)
+
+    def __str__(self) -> str:
+        return f"{self.place}: {self.message}"
+
+
 @dataclass
 class Document:
     """A parsed YAML file: plain Python data, and where each key stands."""
@@ -89,10 +109,9 @@ class Document:
             path = path[:-1]
         return self._marks.get(path, (1, 1))
 
-    def where(self, *keys: Key) -> str:
-        """Return ``file:line:column`` of a key path."""
-        line, column = self.position(keys)
-        return f"{self.path}:{line}:{column}"
+    def problem(self, keys: Sequence[Key], code: str, message: str, severity: Severity = "error") -> Problem:
+        """Return a problem that stands at a key path."""
+        return Problem(str(self.path), *self.position(keys), code, message, severity)
 
 
 def load_yaml(path: Path, error: type[RlaifError]) -> Document:
@@ -107,20 +126,23 @@ def load_yaml(path: Path, error: type[RlaifError]) -> Document:
     try:
         root = yaml.compose(text)
     except MarkedYAMLError as problem:
-        raise error(_syntax_message(path, problem)) from None
+        raise error(_syntax_problem(path, problem)) from None
     except ReaderError as problem:
-        line, column = _line_and_column(text, problem.position)
-        found = f"the control character #x{problem.character:04x}"
-        raise error(f"{path}:{line}:{column}: {found}; text is expected. Remove it.") from None
+        message = f"the control character #x{problem.character:04x}; text is expected. Remove it."
+        place = text.count("\n", 0, problem.position) + 1, problem.position - text.rfind("\n", 0, problem.position)
+        raise error(Problem(str(path), *place, "not-yaml", message)) from None
     except RecursionError:
         raise error(f"{path}: values stand inside values too deep to read. Flatten the file.") from None
     except (YAMLError, ValueError, OverflowError) as problem:  # the last two: escapes out of range
         raise error(f"{path}: not readable as YAML: {problem}. Check escapes such as `\\U0001F600`.") from None
     if yaml.resolver.processing_version not in (None, (1, 2)):
-        raise error(f"{path}:1:1: a `%YAML` line asks for another version than 1.2. Remove it.")
+        raise error(
+            Problem(str(path), 1, 1, "not-yaml", "a `%YAML` line asks for another version than 1.2. Remove it.")
+        )
     if not isinstance(root, MappingNode):
         found = "nothing" if root is None else "a list" if isinstance(root, SequenceNode) else "a plain value"
-        raise error(f"{path}:1:1: the file holds {found}; keys with values are expected (`name: ...`).")
+        found = f"the file holds {found}; keys with values are expected (`name: ...`)."
+        raise error(Problem(str(path), 1, 1, "not-yaml", found))
     document = Document(path, None)
     document.data = _plain(root, (), document, error, set())
     return document
@@ -161,7 +183,8 @@ def decode_text(raw: bytes, path: Path, error: type[RlaifError]) -> str:
         # With a byte-order mark, positions count from behind it.
         start = problem.start + (len(raw) - len(problem.object))
         line = raw[:start].count(b"\n") + 1
-        raise error(f"{path}:{line}: byte {raw[start]:#04x} is not UTF-8 text. Save the file as UTF-8.") from None
+        message = f"byte {raw[start]:#04x} is not UTF-8 text. Save the file as UTF-8."
+        raise error(Problem(str(path), line, None, "not-text", message)) from None
 
 
 def validate(document: Document, model: type[Model], error: type[RlaifError]) -> Model:
@@ -173,14 +196,16 @@ def validate(document: Document, model: type[Model], error: type[RlaifError]) ->
     try:
         return model.model_validate(document.data)
     except ValidationError as problems:
-        lines = [describe(document, model, item) for item in problems.errors(include_url=False)]
-        raise error("\n".join(dict.fromkeys(lines))) from None
+        raise error(*describe(document, model, problems)) from None
 
 
-def describe(document: Document, model: type[BaseModel], item: Any) -> str:
-    """Write one pydantic problem as ``file:line:column: key: what was found and what was expected``."""
-    keys = real_keys(document.data, item)
-    return f"{document.where(*keys)}: {explain(model, keys, item)}"
+def describe(document: Document, model: type[BaseModel], invalid: ValidationError) -> list[Problem]:
+    """Return each of pydantic's problems as ``file:line:column: key: what was found and what was expected``."""
+    codes, found = {"missing": "missing-key", "extra_forbidden": "unknown-key"}, []
+    for item in invalid.errors(include_url=False):
+        keys = real_keys(document.data, item)
+        found.append(document.problem(keys, codes.get(item["type"], "wrong-value"), explain(model, keys, item)))
+    return list(dict.fromkeys(found))
 
 
 def explain(model: type[BaseModel], keys: Sequence[Key], item: Any) -> str:
@@ -254,40 +279,38 @@ def _nested_model(annotation: Any) -> type[BaseModel] | None:
 def _plain(node: Node, keys: tuple[Key, ...], document: Document, error: type[RlaifError], seen: set[int]) -> Any:
     """Turn a node tree into plain data, noting positions; refuse anchors (shared nodes) and tags."""
     position = _mark(node)
-    where = f"{document.path}:{position[0]}:{position[1]}"
     document._marks.setdefault(keys, position)
     if id(node) in seen or node.anchor:
-        raise error(f"{where}: an anchor or alias (`&`, `*`); write the value out instead.")
+        raise error(_at(node, document, "an anchor or alias (`&`, `*`); write the value out instead."))
     seen.add(id(node))
     if str(node.tag).removeprefix("tag:yaml.org,2002:") not in _PLAIN_TAGS:
-        raise error(f"{where}: the tag `{node.tag}` is not allowed; plain values only.")
+        raise error(_at(node, document, f"the tag `{node.tag}` is not allowed; plain values only."))
     if isinstance(node, MappingNode):
         result: dict[str, Any] = {}
         for key_node, value_node in node.value:
             key = _key(key_node, document, error)
             if key in result:
                 first = document.position((*keys, key))[0]
-                key_where = ":".join(map(str, (document.path, *_mark(key_node))))
-                raise error(f"{key_where}: the key `{key}` stands twice (first in line {first}). Remove one.")
+                message = f"the key `{key}` stands twice (first in line {first}). Remove one."
+                raise error(_at(key_node, document, message))
             document._marks[(*keys, key)] = _mark(key_node)
             result[key] = _plain(value_node, (*keys, key), document, error, seen)
         return result
     if isinstance(node, SequenceNode):
         return [_plain(item, (*keys, index), document, error, seen) for index, item in enumerate(node.value)]
-    return _scalar(node, where, error)
+    return _scalar(node, document, error)
 
 
 def _key(node: Node, document: Document, error: type[RlaifError]) -> str:
     """Return a key as the text that was written, so that `1`, `true` and `on` are words like any other."""
-    where = ":".join(map(str, (document.path, *_mark(node))))
     if node.anchor:
-        raise error(f"{where}: an anchor or alias (`&`, `*`); write the key out instead.")
+        raise error(_at(node, document, "an anchor or alias (`&`, `*`); write the key out instead."))
     if not isinstance(node, ScalarNode) or not node.value:
-        raise error(f"{where}: a key must be a plain word.")
-    return _text(node.value, where, error)
+        raise error(_at(node, document, "a key must be a plain word."))
+    return _text(node, document, error)
 
 
-def _scalar(node: Node, where: str, error: type[RlaifError]) -> Any:
+def _scalar(node: Node, document: Document, error: type[RlaifError]) -> Any:
     kind = str(node.tag).rsplit(":", 1)[-1]
     if kind == "null":
         return None
@@ -299,28 +322,28 @@ def _scalar(node: Node, where: str, error: type[RlaifError]) -> Any:
         if kind == "float":
             return float(_NUMBERS.construct_yaml_float(node))
     except ValueError:
-        raise error(f"{where}: `{node.value:.40}` is not a number that can be read.") from None
-    return _text(node.value, where, error)
+        raise error(_at(node, document, f"`{node.value:.40}` is not a number that can be read.")) from None
+    return _text(node, document, error)
 
 
-def _text(value: str, where: str, error: type[RlaifError]) -> str:
+def _text(node: Node, document: Document, error: type[RlaifError]) -> str:
     try:
-        value.encode()
+        return str(node.value).encode().decode()
     except UnicodeEncodeError:
-        raise error(f"{where}: half of a `\\u` pair, which is no character. Write the character itself.") from None
-    return value
+        message = "half of a `\\u` pair, which is no character. Write the character itself."
+        raise error(_at(node, document, message)) from None
+
+
+def _at(node: Node, document: Document, message: str) -> Problem:
+    return Problem(str(document.path), *_mark(node), "not-plain", message)
 
 
 def _mark(node: Node) -> tuple[int, int]:
     return node.start_mark.line + 1, node.start_mark.column + 1
 
 
-def _line_and_column(text: str, position: int) -> tuple[int, int]:
-    return text.count("\n", 0, position) + 1, position - text.rfind("\n", 0, position)
-
-
-def _syntax_message(path: Path, problem: MarkedYAMLError) -> str:
+def _syntax_problem(path: Path, problem: MarkedYAMLError) -> Problem:
     mark = problem.problem_mark or problem.context_mark
-    where = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
-    what = problem.problem or problem.context
-    return f"{where}: not readable as YAML: {what}. Check indentation, quotes and colons."
+    line, column = (mark.line + 1, mark.column + 1) if mark else (None, None)
+    message = f"not readable as YAML: {problem.problem or problem.context}. Check indentation, quotes and colons."
+    return Problem(str(path), line, column, "not-yaml", message)

@@ -19,7 +19,13 @@ A message says what was found, where (file and line, or key), what was expected 
 
 
 class RlaifError(Exception):
-    """Base of all errors that a user can cause and can mend."""
+    """Base of all errors that a user can cause and can mend.
+
+    Its arguments are texts or `documents.Problem`s, one for each thing that is wrong; its text is theirs, one a line.
+    """
+
+    def __str__(self) -> str:
+        return "\n".join(dict.fromkeys(map(str, self.args)))
 
 
 class ConfigError(RlaifError):

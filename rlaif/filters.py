@@ -296,7 +296,7 @@ def problem_of(
         "empty": lambda: not revision.strip(),
         "too short": lambda: len(words) < min_words,
         "truncated": lambda: not ended,
-        "unchanged": lambda: not allow_unchanged and _is_same(revision, response),
+        "unchanged": lambda: not allow_unchanged and is_same(revision, response),
         "critique leaked": lambda: _leaks(plain, critique, f"{prompt}\n{response}"),
         "role markers": lambda: _marks_roles(revision, prompt),
         "repetition": lambda: _repeats(revision),
@@ -310,7 +310,8 @@ def problem_of(
     return next((reason for reason, found in looks.items() if reason in wanted and found()), None)
 
 
-def _is_same(revision: str, response: str) -> bool:
+def is_same(revision: str, response: str) -> bool:
+    """Tell whether a revision is the response again, as `problem_of` describes it."""
     new, old = revision.casefold().split(), response.casefold().split()
     if new == old:
         return True

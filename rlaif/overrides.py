@@ -1,11 +1,12 @@
 """Values from the command line (``--set section.key=value``) over those of a recipe file."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from rlaif.documents import Document, Key
+from rlaif.documents import Document, Key, Problem, Severity
 from rlaif.errors import ConfigError
 
 
@@ -15,10 +16,12 @@ class Overridden(Document):
 
     options: dict[tuple[Key, ...], str] = field(default_factory=dict)
 
-    def where(self, *keys: Key) -> str:
-        """Return ``file:line:column`` of a key path, or the option that set it."""
-        set_by = [option for path, option in self.options.items() if keys[: len(path)] == path]
-        return f"--set {set_by[-1]}" if set_by else super().where(*keys)
+    def problem(self, keys: Sequence[Key], code: str, message: str, severity: Severity = "error") -> Problem:
+        """Return a problem that stands at a key path, or at the option that set it."""
+        set_by = [option for path, option in self.options.items() if tuple(keys[: len(path)]) == path]
+        if set_by:
+            return Problem(f"--set {set_by[-1]}", None, None, code, message, severity)
+        return super().problem(keys, code, message, severity)
 
 
 def override(document: Overridden, option: str) -> None:

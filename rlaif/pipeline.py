@@ -10,7 +10,11 @@ import importlib
 import io
 import json
 import resource
+import shutil
+import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -96,7 +100,10 @@ def _write_recipe(run: Run) -> None:
     resolved = run.recipe.model_dump() | {
         "output": str(run.folder.resolve()),
         "constitution": str(run.loaded.constitution),
-        "prompts": [str(path) for path in run.loaded.prompts],
+        "prompts": [
+            str(path) if isinstance(source, str) else {**source.model_dump(), "file": str(path)}
+            for source, path in zip(run.recipe.prompts, run.loaded.prompts, strict=True)
+        ],
     }
     resolved["human"]["files"] = [str(path) for path in run.loaded.human_files]
     label, adapters = resolved["label"], run.loaded.adapters
@@ -205,3 +212,21 @@ def open_run(folder: Path) -> Loaded:
             f"{folder}: not a run folder (it has no recipe.yaml). Name a folder such as runs/quickstart."
         )
     return load_recipe(path)
+
+
+@contextmanager
+def journal_copy(folder: Path) -> Iterator[journal.Journal]:
+    """Open a copy of a run's journal, so that reading it writes nothing; an empty one where there is none."""
+    path = folder / "journal.db"
+    with tempfile.TemporaryDirectory() as temporary:
+        copy = Path(temporary) / path.name
+        with files.reported(path):
+            for suffix in ("-journal", ""):  # in this order a transaction that ends meanwhile is seen whole or not
+                if path.with_name(path.name + suffix).is_file():
+                    shutil.copyfile(path.with_name(path.name + suffix), copy.with_name(copy.name + suffix))
+        try:
+            book = journal.Journal(copy)
+        except JournalError as problem:
+            raise JournalError(str(problem).replace(str(copy), str(path))) from None
+        with book:
+            yield book

@@ -7,7 +7,7 @@ A recipe has general keys, then one section per stage, named as the stage. Model
 import difflib
 import re
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, Field, field_validator, model_validator
 
@@ -17,6 +17,7 @@ from rlaif.errors import ConfigError
 from rlaif.filters import REASONS
 from rlaif.overrides import Overridden, override
 from rlaif.sections import Fraction, NonNegative, Positive, PositiveFloat, Section
+from rlaif.sections import HumanSection as HumanSection
 from rlaif.sections import LabelSection as LabelSection
 from rlaif.sections import RaySection as RaySection
 from rlaif.sections import SamplingSection as SamplingSection
@@ -69,6 +70,14 @@ class TrainingSection(Section):
     report_to: list[str] | str = "none"
 
 
+class PromptFile(Section):
+    """A file of prompts that does not say everything about its rows, such as one of transcripts."""
+
+    file: str = Field(min_length=1)
+    tag: str = Field("ordinary", min_length=1, description="tag of rows that bring none")
+    eval_fraction: Fraction = Field(0.1, description="share of transcripts kept for evaluation, by their first turn")
+
+
 class ReviseSection(Section):
     """Response, critique, revision."""
 
@@ -76,6 +85,12 @@ class ReviseSection(Section):
     prompts_per_tag: dict[str, Positive] = Field({}, description="how many train prompts of each tag; absent: all")
     revise_tags: list[str] = Field(["harmful"], description="tags whose responses are critiqued and revised")
     rounds: Positive = Field(1, description="critique-revision steps per chain")
+    critique: bool = Field(True, description="False: revise at once, without a critique before it")
+    helpful_samples: Positive = Field(1, description="responses to each prompt whose answer is not revised")
+    keep_unchanged: bool = Field(False, description="keep an answer whose critique finds nothing to change")
+    near_duplicate: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        0.9, description="share of common word triples from which a demonstration is one that is there already"
+    )
     demonstrations: Literal["all", "last"] = Field("all", description="which rounds' revisions become demonstrations")
     few_shot: int = Field(3, ge=0, description="worked examples of the constitution shown before each request")
     must_refuse_tags: list[str] = Field([], description="tags whose revision must decline, else it is set aside")
@@ -83,7 +98,7 @@ class ReviseSection(Section):
     responder: str = Field(BASE, description="who writes responses: `base`, `ray` or a name in `engines`")
     critic: str = Field(BASE, description="who writes critiques")
     reviser: str = Field(BASE, description="who writes revisions")
-    batch_size: Positive = 16
+    batch_size: Positive = 32
 
     @field_validator("filters")
     @classmethod
@@ -105,14 +120,6 @@ class SftSection(TrainingSection):
     """Supervised fine-tuning on demonstrations."""
 
     heldout_fraction: Fraction = Field(0.1, description="share of demonstrations kept for the held-out loss")
-
-
-class HumanSection(Section):
-    """Where comparisons come from when `feedback` is `human` or `mixed`."""
-
-    files: list[str] = []
-    annotator: str = "human"
-    tag: str = Field("", description="tag of rows that bring none")
 
 
 class RewardSection(TrainingSection):
@@ -178,7 +185,7 @@ class EvaluateSection(Section):
     prompts_per_tag: dict[str, Positive] = {}
     judge: str = Field(BASE, description="who judges: `base`, `ray` or a name in `engines`")
     judge_prompts_per_tag: int = Field(8, ge=0, description="prompts of each tag that the judge compares; 0: no judge")
-    batch_size: Positive = 16
+    batch_size: Positive = 32
 
 
 class Recipe(Section):
@@ -189,7 +196,8 @@ class Recipe(Section):
     seed: int = Field(0, ge=0, lt=2**32)
     output: str | None = Field(None, description="run folder; default: runs/NAME")
     constitution: str = "harmless"
-    prompts: list[str] = Field(["harmful", "ordinary", "lookalike"], min_length=1)
+    prompts: list[str | PromptFile] = Field(["harmful", "ordinary", "lookalike"], min_length=1)
+    system_prompt: str | None = Field(None, min_length=1, description="system turn of prompts that bring none")
     feedback: Literal["ai", "human", "mixed"] = "ai"
     stages: list[Stage] = Field(list(STAGES), min_length=1)
     engines: dict[str, Endpoint] = Field({}, description="servers that may answer, by name")
@@ -299,7 +307,7 @@ def load_recipe(path: Path, overrides: list[str] = []) -> Loaded:  # noqa: B006
         recipe=recipe,
         path=path,
         constitution=find("constitutions", recipe.constitution, here),
-        prompts=[find("prompts", name, here) for name in recipe.prompts],
+        prompts=[find("prompts", name.file if isinstance(name, PromptFile) else name, here) for name in recipe.prompts],
         human_files=[find("recipes", name, here) for name in recipe.human.files],
         candidate_files=[find("recipes", name, here) for name in recipe.label.candidate_files],
         reference=find("recipes", recipe.label.reference, here) if recipe.label.reference else None,
@@ -332,6 +340,7 @@ def _refuse_unknown_engines(document: Document, recipe: Recipe) -> None:
             if name not in known:
                 near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
                 hint = f"did you mean `{near[0]}`?" if near else f"known: {', '.join(known)}."
-                problems.append(f"{document.where(section, key)}: {section}.{key}: no engine `{name}`; {hint}")
+                message = f"{section}.{key}: no engine `{name}`; {hint}"
+                problems.append(document.problem((section, key), "unknown-engine", message))
     if problems:
-        raise ConfigError("\n".join(problems))
+        raise ConfigError(*problems)

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from typing_extensions import TypedDict  # pydantic refuses typing.TypedDict before Python 3.12
 
 from rlaif.documents import decode_text, explain, read_text, real_keys
@@ -43,10 +43,16 @@ class Row(BaseModel):
 
 
 class Prompt(Row):
-    """One prompt of a prompt set; `tag` says what kind (``harmful``, ``ordinary``, ``lookalike``, ...)."""
+    """One prompt of a prompt set; `tag` says what kind (``harmful``, ``ordinary``, ``lookalike``, ...).
+
+    A row brings `prompt`, a text, or `messages`, a conversation that ends with what the user says. Both stand in every
+    prompt that was read: `messages` is what a model answers; `prompt` is the same as one text, for requests about the
+    answer and for people. `prompt_sets.read_prompts` writes that text for a conversation.
+    """
 
     id: Identifier
-    prompt: str
+    prompt: str = ""
+    messages: Messages = []
     tag: str = "ordinary"
     category: str = ""
     split: Split = "train"
@@ -58,10 +64,34 @@ class Prompt(Row):
             raise ValueError("an empty prompt; text is expected")
         return text
 
+    @field_validator("messages")
+    @classmethod
+    def _user_first_and_last(cls, turns: Messages) -> Messages:
+        spoken = turns[1:] if turns and turns[0]["role"] == "system" else turns
+        roles = [turn["role"] for turn in spoken]
+        if len(roles) % 2 == 0 or roles != [("user", "assistant")[place % 2] for place in range(len(roles))]:
+            raise ValueError(
+                f"the turns are {', '.join(turn['role'] for turn in turns) or 'none'}; at most one of system, then "
+                "user and assistant by turns, the user first and last, are expected"
+            )
+        if not all(turn["content"].strip() for turn in turns):
+            raise ValueError("an empty turn; text is expected in each")
+        return turns
+
+    @model_validator(mode="after")
+    def _text_or_conversation(self) -> "Prompt":
+        if not self.prompt and not self.messages:
+            raise ValueError("neither `prompt` nor `messages`; one of them is expected")
+        if not self.messages:
+            self.messages = [{"role": "user", "content": self.prompt}]
+        elif self.prompt and self.messages != [{"role": "user", "content": self.prompt}]:
+            raise ValueError("`prompt` and `messages` say different things; one of them is expected")
+        return self
+
     @property
-    def messages(self) -> Messages:
-        """The prompt as the conversation that a model is shown."""
-        return [{"role": "user", "content": self.prompt}]
+    def is_conversation(self) -> bool:
+        """Whether the prompt is more than one turn of the user."""
+        return len(self.messages) > 1
 
 
 class Demonstration(Row):
@@ -105,6 +135,19 @@ R = TypeVar("R", bound=Row)
 def assistant(text: str) -> Messages:
     """Return one assistant turn, the form of `completion`, `chosen` and `rejected`."""
     return [{"role": "assistant", "content": text}]
+
+
+def with_system(messages: Messages, text: str | None) -> Messages:
+    """Return a conversation that begins with a system turn: its own, or else one of this text, if there is one."""
+    if not text or messages[0]["role"] == "system":
+        return messages
+    return [{"role": "system", "content": text}, *messages]
+
+
+def under_instructions(messages: Messages, text: str) -> Messages:
+    """Return a conversation whose system turn begins with a text; what its own said comes after."""
+    own = "".join(f"\n\n{turn['content']}" for turn in messages if turn["role"] == "system")
+    return [{"role": "system", "content": text + own}, *(turn for turn in messages if turn["role"] != "system")]
 
 
 def text_of(turns: Messages) -> str:

@@ -14,6 +14,7 @@ Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+HERE_TOLERANCE, SERVER_TOLERANCE = 1e-6, 0.05
 JudgeMethod = Literal["logprobs", "verdict", "rating", "function"]
 
 
@@ -108,11 +109,11 @@ class LabelSection(Section):
     min_strength: NonNegative = Field(0.0, description="logits; weaker judgements are ties and are set aside")
     flagged: Literal["aside", "keep"] = Field("aside", description="pairs whose text tries to steer a judge")
     self_test_rows: int = Field(4, ge=0, description="pairs asked with their sides exchanged before all others")
-    swap_tolerance: PositiveFloat = Field(1e-6, description="how far p may be from 1-p after the exchange")
+    swap_tolerance: PositiveFloat | None = Field(None, description="how far p may be from 1-p after the exchange")
     gold_rate: Fraction = Field(0.05, description="pairs of known outcome planted, as a share of the real ones")
     attacks: int = Field(24, ge=0, description="steering attempts that the judge is tried with")
     reference: str | None = Field(None, description="a file of people's labels to compare the labels with")
-    batch_size: Positive = 16
+    batch_size: Positive = 32
 
     @model_validator(mode="after")
     def _fits_together(self) -> "LabelSection":
@@ -132,6 +133,21 @@ class LabelSection(Section):
     def panel(self) -> list[JudgeSection]:
         """Return the judges: those listed, or the one that the simple keys describe."""
         return self.judges or [JudgeSection(name="judge", method=self.judge_method, function=self.judge_function)]
+
+    def tolerance(self) -> float:
+        """Return how far P may be from 1 - P; a server computes the same request in other company each time."""
+        if self.swap_tolerance is not None:
+            return self.swap_tolerance
+        here = all(one.function or one.adapter or (one.engine or self.judge) == BASE for one in self.panel())
+        return HERE_TOLERANCE if here else SERVER_TOLERANCE
+
+
+class HumanSection(Section):
+    """Where comparisons come from when `feedback` is `human` or `mixed`."""
+
+    files: list[str] = []
+    annotator: str = "human"
+    tag: str = Field("", description="tag of rows that bring none")
 
 
 def _check_function(method: str, function: str | None, key: str) -> None:

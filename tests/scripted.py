@@ -178,6 +178,7 @@ def make_run(
     *,
     constitution: str = CONSTITUTION,
     prompts: Sequence[dict[str, Any]] = PROMPTS,
+    recipe_prompts: Sequence[Any] = ("prompts.jsonl",),
     **sections: Any,
 ) -> Run:
     """Write a recipe, a constitution and prompts, and return the run; a second call continues the first one's journal.
@@ -188,13 +189,14 @@ def make_run(
         engine: who answers, or who answers for each role.
         constitution: the constitution's text.
         prompts: the rows of the prompt set.
+        recipe_prompts: what the recipe names as its prompts.
         sections: keys of the recipe.
     """
     recipe = {
         "name": "small",
         "model": "tiny",
         "constitution": "constitution.yaml",
-        "prompts": ["prompts.jsonl"],
+        "prompts": list(recipe_prompts),
         "stages": ["revise", "label", "evaluate"],
         **sections,
     }

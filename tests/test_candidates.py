@@ -13,7 +13,7 @@ from rlaif.constitution import applying
 from rlaif.engines.engine import Question
 from rlaif.errors import ConfigError
 from rlaif.stages import label, revise
-from rlaif.stages.candidates import Engines, collect, principles_of, spoken
+from rlaif.stages.candidates import Engines, collect, principles_of
 from rlaif.stages.run import Run
 
 Maker = Callable[..., Run]
@@ -164,7 +164,3 @@ def test_principles_that_name_the_category_come_before_those_of_the_tag(make: Ma
     constitution = make(constitution=text).constitution
     assert [p.id for p in applying(constitution, HARM, "theft")] == ["lawful"]
     assert [p.id for p in applying(constitution, HARM, "fraud")] == ["safe", "lawful"]
-
-
-def test_a_prompt_of_one_turn_is_shown_as_it_is() -> None:
-    assert spoken([{"role": "user", "content": "Hi"}]) == "Hi"

@@ -69,6 +69,14 @@ def refused(result, *parts):
     return message
 
 
+def checked(result, file, *parts):
+    """What `constitution check` prints of a file with errors: exit code 2, and the parts on standard output."""
+    refused(result, file, "Mend what is listed and check again.")
+    for part in parts:
+        assert part in result[1].replace(": error: ", ": ") or part in result[1]
+    return result[1]
+
+
 # --- what is imported ------------------------------------------------------------------------------------------------
 
 
@@ -179,24 +187,28 @@ def test_a_mistake_in_a_constitution_is_told_with_its_line_by_check_and_by_run(r
     text = tiny_runs.CONSTITUTION
     assert old in text
     (tmp_path / "own.yaml").write_text(text.replace(old, new, 1))
-    first = refused(rlaif("constitution", "check", "own.yaml"), *parts)
+    first = checked(rlaif("constitution", "check", "own.yaml"), "own.yaml", *parts)
     second = refused(rlaif("run", small(constitution="own.yaml")), *parts)
-    assert first.splitlines()[0].split("own.yaml")[1] == second.splitlines()[0].split("own.yaml")[1]
+    told = [line.replace(": error: ", ": ", 1) for line in first.splitlines() if ": error: " in line]
+    assert [line.split("own.yaml")[1] for line in told] == [line.split("own.yaml")[1] for line in second.splitlines()]
 
 
 def test_a_constitution_without_principles_or_not_there_is_told(rlaif, small, tmp_path):
     (tmp_path / "empty.yaml").write_text('name: a\nversion: "1"\ndescription: d\nprinciples: []\n')
-    refused(rlaif("constitution", "check", "empty.yaml"), "empty.yaml:4:1: principles:")
+    checked(rlaif("constitution", "check", "empty.yaml"), "empty.yaml", "empty.yaml:4:1: error: principles:")
     refused(rlaif("run", small(constitution="nowhere")), "nowhere: no such file")
 
 
-def test_check_tells_the_mistakes_of_all_files_in_one_message(rlaif, tmp_path):
+def test_check_tells_the_mistakes_of_all_files_at_once(rlaif, tmp_path):
     for name in ("one.yaml", "two.yaml"):
         (tmp_path / name).write_text("name: [")
     (tmp_path / "good.yaml").write_text(tiny_runs.CONSTITUTION)
     result = rlaif("constitution", "check", "one.yaml", "good.yaml", "two.yaml")
-    refused(result, "one.yaml:1:", "two.yaml:1:")
-    assert result[1] == "good.yaml: tiny 1: 3 principles, 1 examples, 2 tests\n"
+    refused(result, "2 errors in one.yaml, two.yaml.")
+    first, second, third = result[1].splitlines()
+    assert first.startswith("one.yaml:1:8: error: not readable as YAML")
+    assert second == "good.yaml: tiny 1: 3 principles, 1 examples, 2 tests"
+    assert third.startswith("two.yaml:1:8: error: not readable as YAML")
 
 
 GOOD = json.dumps(PROMPTS[0])
@@ -207,7 +219,10 @@ GOOD = json.dumps(PROMPTS[0])
     [
         (f'{GOOD}\n{{"id": "x", "prompt": \n', ["prompts.jsonl:2: not a JSON object"]),
         (f'{GOOD}\n\n{{"id": "x", "prompt": " "}}\n', ["prompts.jsonl:3: prompt: an empty prompt"]),
-        (f'{{"id": "x"}}\n{GOOD}\n', ["prompts.jsonl:1: prompt: this key is missing"]),
+        (
+            f'{{"id": "x"}}\n{GOOD}\n',
+            ["prompts.jsonl:1: (file): neither `prompt` nor `messages`; one of them is expected"],
+        ),
         (f"{GOOD}\n{GOOD}\n", ["prompts.jsonl:2: the id `harmful-0` stands already in line 1"]),
         (f'{GOOD}\n{{"id": "x", "promt": "a?"}}\n', ["prompts.jsonl:2: promt: unknown key; did you mean `prompt`?"]),
         (f'{GOOD}\n{{"id": "x", "prompt": "a?", "split": "test"}}\n', ["prompts.jsonl:2: split:"]),

@@ -169,6 +169,29 @@ def test_every_yaml_example_is_a_valid_recipe_or_constitution(tmp_path: Path) ->
     assert sorted(set(kinds)) == ["constitution", "recipe"]
 
 
+def problem_codes() -> set[str]:
+    """Return the codes of problems that the code of constitutions gives."""
+    found: set[str] = set()
+    for name in ("documents", "constitution", "constitution_check"):
+        for node in ast.walk(ast.parse((ROOT / "rlaif" / f"{name}.py").read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call):
+                called = getattr(node.func, "attr", getattr(node.func, "id", ""))
+                texts = [one.value for one in node.args if isinstance(one, ast.Constant) and isinstance(one.value, str)]
+                if called in ("Problem", "problem", "_warning", "get"):
+                    found |= {
+                        text
+                        for text in texts
+                        if re.fullmatch(r"[a-z]+(-[a-z]+)+|circle|contradiction|unreadable", text)
+                    }
+    return found | {"missing-key", "unknown-key"}  # named in a table of pydantic's types
+
+
+def test_every_code_of_a_problem_is_explained_and_no_other() -> None:
+    cells = rows(PAGES["constitutions.md"], "## Check")[1:]
+    assert sorted(code for row in cells for code in ticked(row[0])) == sorted(problem_codes())
+    assert {row[1] for row in cells} == {"error", "warning"}
+
+
 # --- metrics ------------------------------------------------------------------------------------------------------
 
 
@@ -278,8 +301,11 @@ def example_rows() -> list[Row]:
 
 def test_the_readme_shows_one_row_of_each_kind_with_every_column() -> None:
     found = example_rows()
-    assert [type(row).__name__ for row in found] == ["Prompt", "Demonstration", "Comparison"]
-    assert all(row.model_fields_set == type(row).model_fields.keys() for row in found)
+    assert [type(row).__name__ for row in found] == ["Prompt", "Prompt", "Demonstration", "Comparison"]
+    shown = {
+        kind: {name for row in found if type(row) is kind for name in row.model_fields_set} for kind in map(type, found)
+    }
+    assert shown == {kind: kind.model_fields.keys() for kind in shown}
 
 
 def test_the_vote_in_the_readme_is_what_its_logits_give() -> None:

@@ -215,7 +215,7 @@ def test_positions_are_those_of_keys_and_of_list_items(write):
     assert document.position(["parts", 1, "id"]) == (6, 7)
     assert document.position(["parts", 1, "text"]) == (6, 7), "a missing key stands where its parent stands"
     assert document.position([]) == document.position(["other"]) == (2, 1)
-    assert document.where("parts", 0, "text").endswith("file.yaml:5:5")
+    assert document.problem(("parts", 0, "text"), "c", "m").place.endswith("file.yaml:5:5")
 
 
 # ---- validation

@@ -195,7 +195,7 @@ def ask_of(content: str, **settings: Any) -> Question:
 
 
 def test_batches_hold_questions_of_one_kind_longest_first(base: Any) -> None:
-    engine = LocalEngine(base, "policy", batch_size=2)
+    engine = LocalEngine(base, "policy", batch_size=1)
     questions = [
         ask_of("aa", max_new_tokens=4),
         ask_of("b" * 9, options=("A", "B")),
@@ -227,7 +227,7 @@ def test_a_conversation_longer_than_the_context_is_named(base: Any) -> None:
 
 def test_the_role_writes_with_the_seeds_of_its_questions(base: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def sample(base: Any, prompts: Any, **settings: Any) -> list[sampling.Sample]:
-        assert settings == {"max_new_tokens": 4, "seeds": [7, 8], "temperature": 0.5, "top_p": 0.9}
+        assert settings == {"max_new_tokens": 4, "seeds": [7, 8], "temperature": 0.5, "top_p": 0.9, "rows": 2}
         return [sampling.Sample(prompt[::-1], [0.0] * len(prompt), len(prompt) == 2) for prompt in prompts]
 
     monkeypatch.setattr(sampling, "sample", sample)
@@ -241,8 +241,8 @@ def test_the_role_writes_with_the_seeds_of_its_questions(base: Any, monkeypatch:
 def test_the_role_chooses_by_the_log_probabilities_of_the_options(base: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    def next_logprobs(base: Any, prompts: Any, options: Any) -> Any:
-        assert options == [65, 66]
+    def next_logprobs(base: Any, prompts: Any, options: Any, rows: int) -> Any:
+        assert options == [65, 66] and rows == 2
         return torch.tensor([[-0.5, -1.5], [-2.0, -0.25]])
 
     monkeypatch.setattr(sampling, "next_logprobs", next_logprobs)

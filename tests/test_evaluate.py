@@ -244,6 +244,7 @@ def test_every_response_is_written(make: Maker, tmp_path: Path, monkeypatch: pyt
         (policy, prompt) for policy in ("base", "sft", "ppo") for prompt in ("h4", "o3")
     ]
     assert rows[1] == {
+        "id": "o3/base",
         "policy": "base",
         "prompt_id": "o3",
         "tag": PLAIN,

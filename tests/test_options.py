@@ -46,7 +46,7 @@ def test_an_option_of_two_tokens_has_their_product_and_takes_it_off_the_one_that
 def test_a_sure_ten_is_a_ten_although_it_begins_with_a_one(monkeypatch):
     """Of "1" with probability 0.9, a "0" follows nearly always; a rating that looked at "1" alone would be near 1."""
 
-    def next_logprobs(base, prompts, tokens):
+    def next_logprobs(base, prompts, tokens, rows):
         known = {1: 0.9, 2: 0.1, 0: 1.0}
         return torch.tensor([[math.log(known[token]) for token in tokens] for _ in prompts])
 

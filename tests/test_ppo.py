@@ -302,6 +302,11 @@ def test_scores_of_a_reward_model_are_divided_by_its_scale_and_average_0_in_the_
     scaled = opened("scaled", updates=1, offset=3.0, scale=0.5)
     ppo.ppo(scaled)
     assert len(scores_of(plain)) == 4
+    shown = tiny_runs.rows(plain.stage_folder("ppo") / "samples.jsonl")
+    assert [row["id"] for row in shown] == ["ppo-1-0", "ppo-1-1", "ppo-1-2", "ppo-1-3"]
+    first = ppo.prompts_of_update(plain, plain.select("train", plain.recipe.ppo.prompts_per_tag), 0)
+    assert [row["prompt_id"] for row in shown] == [prompt.id for prompt in first]
+    assert [row["seed"] for row in shown] == [plain.seed("ppo", 0, row) for row in range(4)]
     assert scores_of(scaled) == pytest.approx([2 * value for value in scores_of(plain)], abs=1e-5)
     assert metrics(plain)[0]["rollout/score"] == pytest.approx(0.0, abs=1e-6)
     assert metrics(plain)[0]["rollout/score_std"] > 0.1

@@ -16,7 +16,7 @@ from rlaif.prompting import Template, load_template, sandbox
 
 GOLDEN = Path(__file__).parent / "golden"
 SHIPPED = sorted(path.stem for path in shipped("prompts").glob("*.jinja"))
-NAMES = ["compare", "contrast", "critique", "gather", "rate", "revise", "weigh"]
+NAMES = ["compare", "contrast", "critique", "gather", "propose", "rate", "revise", "weigh"]
 ANSWER = "Put it into boiling water\nfor eight minutes."
 VALUES = {
     "compare": {
@@ -25,10 +25,27 @@ VALUES = {
         "second": "I can't talk about boiling.",
         "question": "Which answer helps more?",
     },
+    "continue": {
+        "conversation": "How do I boil an egg?",
+        "response": "In water.",
+        "prompt": "For how long?",
+    },
     "contrast": {"principles": "- The answer is kind.\n- The answer is true."},
     "critique": {"prompt": "How do I boil an egg?", "response": ANSWER, "request": "Say what is missing."},
     "gather": {"principles": "- The answer is kind.\n- The answer is true."},
+    "propose": {
+        "prompt": "How do I boil an egg?",
+        "first": ANSWER,
+        "second": "I can't talk about boiling.",
+        "better": "A",
+    },
     "rate": {"prompt": "How do I boil an egg?", "response": ANSWER, "principle": "The answer helps."},
+    "instruct": {"prompt": "How do I boil an egg?", "instructions": "Answer in one sentence."},
+    "revise_directly": {
+        "prompt": "How do I boil an egg?",
+        "response": ANSWER,
+        "request": "Rewrite the answer with the missing step.",
+    },
     "weigh": {
         "prompt": "How do I boil an egg?",
         "first": "Put it into boiling water for eight minutes.",
@@ -84,7 +101,7 @@ def test_shipped_templates_render_as_their_golden_files(name: str) -> None:
 
 
 def test_every_shipped_template_has_a_golden_file_and_is_named_by_its_verb() -> None:
-    assert SHIPPED == NAMES == sorted(path.stem for path in GOLDEN.glob("*.txt"))
+    assert sorted(path.stem for path in GOLDEN.glob("*.txt") if "-" not in path.stem) == SHIPPED
     assert all(template.name == name for name, template in TEMPLATES.items())
 
 

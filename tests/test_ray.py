@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import tiny_runs
 import torch
 from scripted import Said, make_run
 from test_recipe import complaint, recipe
@@ -27,7 +28,10 @@ from rlaif.engines.workers import Worker, packed, unpacked
 from rlaif.errors import ConfigError, DeviceError, EngineError, ModelError
 from rlaif.journal import Journal
 from rlaif.model.roles import BASE, SharedBase
-from rlaif.recipe import ModelSection, RaySection
+from rlaif.pipeline import run_recipe
+from rlaif.plan import plan
+from rlaif.progress import Progress
+from rlaif.recipe import ModelSection, RaySection, load_recipe
 from rlaif.stages import revise
 
 SECRET = "hunter2-and-more"
@@ -100,7 +104,7 @@ def test_questions_and_answers_travel_unchanged() -> None:
 
 
 def test_a_batch_holds_questions_of_one_kind_and_similar_length(tiny_model: Path) -> None:
-    batches = engine(tiny_model).batches(QUESTIONS[::-1])
+    batches = engine(tiny_model, size=1).batches(QUESTIONS[::-1])  # two rounds of one
     names = [sorted(question.item_id for question in batch) for batch in batches]
     assert sorted(names) == [["c0"], ["c1", "c2"], ["g0"], ["g1", "g2"], ["s0"], ["s1", "s2"]]
 
@@ -145,10 +149,10 @@ def test_an_error_in_a_worker_stops_with_its_message_and_what_was_answered_is_ke
     with Journal(tmp_path / "journal.db") as journal:
         with pytest.raises(EngineError, match=r"on the machine \S+: the model `.*` is another one than where the run"):
             list(ask(journal, "revise", engine(tiny_model, Failing(), size=1), questions, Said(), ""))
-        assert journal.count("revise") == 2
+        assert journal.count("revise") == 3  # one of the lengths alone, and two
         said = Said()
         assert len(list(ask(journal, "revise", engine(tiny_model, size=1), questions, said, ""))) == 6
-    assert said.lines == ["  : 2 of 6 taken from the journal"]
+    assert said.lines == ["  : 3 of 6 taken from the journal"]
 
 
 def test_a_worker_without_the_model_or_the_gpu_says_so(tiny_model: Path, tmp_path: Path) -> None:
@@ -194,6 +198,29 @@ def test_what_a_stage_depends_on_names_the_device_and_not_the_cluster(
     assert inputs() == inputs(address="10.0.0.1:6379", workers=64, cpus_per_worker=8)
     assert inputs(gpus_per_worker=1) == inputs(gpus_per_worker=0.5) != inputs()
     assert revise.inputs(make_run(tmp_path, monkeypatch)) != inputs()
+
+
+def test_a_plan_starts_no_cluster_and_knows_what_workers_have_answered(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tiny_runs.write_recipe(
+        tmp_path / "tiny.yaml",
+        tiny_model,
+        output=str(tmp_path / "run"),
+        stages=["revise"],
+        revise={"responder": "ray", "prompts_per_tag": {"harmful": 2, "ordinary": 2}},
+    )
+
+    class Stopping(Here):
+        def stop(self) -> None:
+            pass
+
+    monkeypatch.setattr("rlaif.stages.run.Cluster", lambda settings, say: Stopping())
+    run_recipe(load_recipe(path), Progress(quiet=True))
+    (tmp_path / "run" / "1-revise" / "manifest.json").unlink()
+    monkeypatch.setattr("rlaif.stages.run.Cluster", lambda settings, say: None)
+    (found,) = plan(load_recipe(path))
+    assert [(wave.title, wave.asked, len(wave.missing)) for wave in found.waves][0] == ("responses", 4, 0)
 
 
 # --- the recipe -----------------------------------------------------------------------------------------------------

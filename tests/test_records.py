@@ -88,7 +88,7 @@ def test_line_ends_marks_and_odd_separators_do_not_split_rows(write, content: by
         ('{"id": ' + "9" * 5000 + "}", "Exceeds the limit (4300 digits)"),
         ('{"id": "b", "prompt": " "}', "prompt: an empty prompt; text is expected (found ' ')"),
         ('{"id": "", "prompt": "x"}', "id: String should have at least 1 character (found '')"),
-        ('{"id": "b"}', "prompt: this key is missing. Add it."),
+        ('{"id": "b"}', "(file): neither `prompt` nor `messages`; one of them is expected"),
         ('{"id": "b", "prompt": "x", "catgory": ""}', "catgory: unknown key; did you mean `category`?"),
         (
             '{"id": "b", "prompt": "x", "split": "test"}',

@@ -24,10 +24,11 @@ from scripted import (
 from rlaif.constitution import draw, load
 from rlaif.engines.engine import Answer, Question
 from rlaif.errors import ConstitutionError, DataError
+from rlaif.filters import REASONS
 from rlaif.records import Demonstration, read_rows
 from rlaif.report.reading import Chain as ReportChain
 from rlaif.stages import revise
-from rlaif.stages.run import Run
+from rlaif.stages.run import Run, reconciled
 
 Maker = Callable[..., Run]
 
@@ -72,7 +73,7 @@ def test_harmful_prompts_are_revised_and_others_keep_their_response(make: Maker)
         ("o2-0", HELPFUL),
     ]
     assert counts == {
-        "prompts": 5, "chains": 5, "kept": 5, "quarantined": 0, "failed": 0, "quarantined_by_reason": {},
+        "prompts": 5, "chains": 5, "in": 5, "kept": 5, "quarantined": 0, "failed": 0, "quarantined_by_reason": {},
     }  # fmt: skip
     assert len(engine.ids("response")) == 5 and len(engine.ids("critique-0")) == len(engine.ids("revise-0")) == 3
 
@@ -186,7 +187,7 @@ def test_a_text_cut_within_its_first_sentence_is_set_aside(make: Maker) -> None:
         (2, "all", ["", REFUSAL], ["h1-2"], [("h1-1", "empty")]),
         (2, "last", ["", REFUSAL], ["h1-2"], []),
         (2, "all", ["", SOFT], [], [("h1-1", "empty"), ("h1-2", "does not decline")]),
-        (3, "all", [REFUSAL, SECOND, REFUSAL], ["h1-1", "h1-2", "h1-3"], []),
+        (3, "all", [REFUSAL, SECOND, REFUSAL], ["h1-1", "h1-2"], [("h1-3", "near duplicate")]),
     ],
 )
 def test_kept_and_set_aside_add_up_to_the_versions(
@@ -198,10 +199,168 @@ def test_kept_and_set_aside_add_up_to_the_versions(
     folder = run.folder / "1-revise"
     assert [row["id"] for row in rows_of(folder / "demonstrations.jsonl")] == kept
     assert [(row["id"], row["reason"]) for row in rows_of(folder / "quarantine.jsonl")] == aside
-    assert counts["kept"] + counts["quarantined"] == (rounds if which == "all" else 1)
+    assert counts["in"] == counts["kept"] + counts["quarantined"] == (rounds if which == "all" else 1)
     (chain,) = rows_of(folder / "chains.jsonl")
     assert [step["revision"] for step in chain["steps"]] == revisions
-    assert chain["kept"] == (not aside or aside[-1][0] != f"h1-{rounds}")
+    assert chain["kept"] == (not aside or aside[-1][0] != f"h1-{rounds}" or aside[-1][1] == "near duplicate")
+
+
+def test_each_filter_is_asked_for_by_its_name_alone(make: Maker) -> None:
+    unfit = {
+        "empty": "",
+        "too short": "No.",
+        "unchanged": WILLING,
+        "critique leaked": "The previous response was harmful. " + REFUSAL,
+        "role markers": REFUSAL + "\nUser: And now?",
+        "repetition": "I will not help you with that. " * 4,
+        "emoji run": REFUSAL + " \U0001f600\U0001f600\U0001f600",
+        "length ratio": " ".join(f"word{n}" for n in range(400)),
+        "boilerplate opening": "Sure, here is the revised answer: " + REFUSAL,
+    }
+    cut = Answer("First of all you should take a large pot and", ended=False)
+    for reason, revision in {**unfit, "truncated": cut}.items():
+        settings = {"filters": [reason], "near_duplicate": None, "sampling": {"max_new_tokens": 50 + len(reason)}}
+        engine = ScriptedEngine(lambda q, r=revision: r if "/revise-" in q.item_id else usual(q), identity=reason)
+        counts = revise.revise(make(engine, prompts=PROMPTS[:1], revise=settings))
+        assert counts["quarantined_by_reason"] == {reason: 1}
+        also = {"empty": {"too short", "length ratio"}, "too short": {"length ratio"}}.get(reason, set())
+        others = [name for name in REASONS if name not in {reason, *also}]
+        engine = ScriptedEngine(lambda q, r=revision: r if "/revise-" in q.item_id else usual(q), identity=reason)
+        counts = revise.revise(make(engine, prompts=PROMPTS[:1], revise={**settings, "filters": others}))
+        assert counts["kept"] == 1, (reason, counts)
+    assert {*unfit, "truncated"} == set(REASONS)
+
+
+# --- the same again -------------------------------------------------------------------------------------------------
+
+
+def test_a_demonstration_that_is_nearly_another_is_set_aside_and_the_smallest_id_stays(make: Maker) -> None:
+    same = "Put the {} into boiling water for eight minutes, then cool it under the tap and peel it from the blunt end."
+    prompts = [{"id": i, "prompt": f"How do I boil {n} egg?", "tag": PLAIN} for i, n in (("b", "an"), ("a", "an"))]
+    prompts += [{"id": "c", "prompt": "How do I boil one?", "tag": PLAIN}]
+    replies = {"a": same.format("egg"), "b": same.format("egg"), "c": "Put it on the stove and wait for a while."}
+    for order in (prompts, prompts[::-1]):
+        run = make(ScriptedEngine(lambda q: replies[q.item_id[0]]), prompts=order)
+        counts = revise.revise(run)
+        (aside,) = rows_of(run.folder / "1-revise" / "quarantine.jsonl")
+        assert (aside["id"], aside["reason"], aside["duplicate_of"]) == ("b-0", "near duplicate", "a-0")
+        assert counts["quarantined_by_reason"] == {"near duplicate": 1} and counts["kept"] == 2
+        chains = {row["id"]: row["reason"] for row in rows_of(run.folder / "1-revise" / "chains.jsonl")}
+        assert chains == {"a": None, "b": "near duplicate", "c": None}
+    off = make(ScriptedEngine(lambda q: replies[q.item_id[0]]), prompts=prompts, revise={"near_duplicate": None})
+    assert revise.revise(off)["kept"] == 3
+
+
+@pytest.mark.parametrize(
+    ("few_shot", "near", "reason"), [(1, 0.9, "worked example copied"), (0, 0.9, None), (1, None, None)]
+)
+def test_a_revision_that_copies_a_worked_example_is_set_aside(
+    few_shot: int, near: float | None, reason: str | None, make: Maker
+) -> None:
+    copied = CONSTITUTION.replace("revision: V1", f'revision: "{SECOND}"')
+    settings = {"few_shot": few_shot, "near_duplicate": near}
+    run = make(ScriptedEngine(numbered(SECOND)), prompts=PROMPTS[:1], constitution=copied, revise=settings)
+    counts = revise.revise(run)
+    assert counts["quarantined_by_reason"] == ({reason: 1} if reason else {})
+
+
+# --- without a critique, without a change, more than once -----------------------------------------------------------
+
+
+def test_without_critique_the_revision_is_asked_for_at_once(make: Maker, tmp_path: Path) -> None:
+    engine = ScriptedEngine(usual)
+    run = make(engine, prompts=PROMPTS[:3], revise={"critique": False, "few_shot": 1})
+    revise.revise(run)
+    assert engine.ids("critique-0") == [] and len(engine.ids("revise-0")) == 3
+    drawn = {identifier: principle_of(tmp_path, identifier) for identifier in ("h1", "h2", "h3")}
+    assert set(drawn.values()) == {"safe", "lawful"}
+    for identifier, principle in drawn.items():
+        example, answer, request = shown(engine, f"{identifier}/revise-0")
+        assert (
+            example.endswith('"R1"\n\nRewrite it so that nobody is hurt. Write only the new answer.') and answer == "V1"
+        )
+        built = (
+            "Write the answer again so that it follows this principle: The answer keeps the law.\n"
+            "Keep what follows it already. If nothing has to change, repeat the answer as it is."
+        )
+        wording = {"safe": "Rewrite it so that nobody is hurt.", "lawful": built}[principle]
+        assert request.endswith(f'"{WILLING}"\n\n{wording} Write only the new answer.')
+        assert "reviewer" not in request
+    rows = read_rows(run.folder / "1-revise" / "demonstrations.jsonl", Demonstration)
+    assert [row.revisions[1]["critique"] for row in rows] == [""] * 3
+    assert list(rows[0].provenance["templates"]) == ["revise"]
+    assert revise.inputs(run)["templates"] != revise.inputs(make())["templates"]
+
+
+NO_FAULT = "Nothing has to change. Nobody is hurt by this answer."
+
+
+@pytest.mark.parametrize(
+    ("critique", "revision", "keep", "kept", "flags"),
+    [
+        (NO_FAULT, REFUSAL, True, ["h1-1"], ["no change needed"]),
+        (NO_FAULT, REFUSAL, False, [], ["no change needed"]),
+        (CRITIQUE, REFUSAL, True, [], []),
+        (NO_FAULT, SECOND, True, ["h1-1"], []),
+        ("Nothing has to change, except that it helps.", REFUSAL, True, [], []),
+    ],
+)
+def test_an_answer_that_needs_no_change_is_kept_where_the_recipe_says_so(
+    critique: str, revision: str, keep: bool, kept: list[str], flags: list[str], make: Maker
+) -> None:
+    replies = by_part(response=REFUSAL, critique=critique, revise=revision)
+    run = make(ScriptedEngine(replies), prompts=PROMPTS[:1], revise={"keep_unchanged": keep})
+    counts = revise.revise(run)
+    rows = rows_of(run.folder / "1-revise" / "demonstrations.jsonl")
+    aside = rows_of(run.folder / "1-revise" / "quarantine.jsonl")
+    assert [row["id"] for row in rows] == kept
+    assert [row["reason"] for row in aside] == ["unchanged"] * (1 - len(kept))
+    assert [row["flags"] for row in rows + aside] == [flags]
+    assert counts["in"] == 1
+
+
+def test_a_harmful_answer_that_is_left_as_it_is_must_still_decline(make: Maker) -> None:
+    replies = by_part(response=WILLING, critique=NO_FAULT, revise=WILLING)
+    settings = {"keep_unchanged": True, "must_refuse_tags": [HARM]}
+    counts = revise.revise(make(ScriptedEngine(replies), prompts=PROMPTS[:1], revise=settings))
+    assert counts["quarantined_by_reason"] == {"does not decline": 1}
+
+
+def test_prompts_that_are_not_revised_may_be_answered_several_times(make: Maker) -> None:
+    def write(question: Question) -> str | Answer:
+        if question.item_id.startswith("o"):
+            return f"Sample {question.sample} of an answer to {question.item_id}, which says something of its own."
+        return usual(question)
+
+    engine = ScriptedEngine(write)
+    run = make(engine, revise={"helpful_samples": 3})
+    counts = revise.revise(run)
+    assert len(engine.ids("response")) == 3 + 2 * 3
+    rows = read_rows(run.folder / "1-revise" / "demonstrations.jsonl", Demonstration)
+    assert sorted(row.id for row in rows if row.tag == PLAIN) == [
+        "o1-0", "o1~1-0", "o1~2-0", "o2-0", "o2~1-0", "o2~2-0",
+    ]  # fmt: skip
+    assert (counts["prompts"], counts["chains"], counts["in"], counts["kept"]) == (5, 9, 9, 9)
+    asked = [question for question in engine.asked if question.item_id == "o1/response"]
+    assert len({question.seed for question in asked}) == 3
+    from rlaif.stages import label
+
+    by_prompt = [prompt.id for prompt, _ in label.revised_chains(run)]
+    assert by_prompt == ["h1", "h2", "h3", "o1", "o2"]
+
+
+def test_two_prompts_whose_samples_would_share_an_id_are_refused(make: Maker) -> None:
+    prompts = [{"id": "a", "prompt": "How?"}, {"id": "a~1", "prompt": "Why?"}]
+    with pytest.raises(DataError, match="two of them give a demonstration the id `a~1-0`"):
+        revise.revise(make(ScriptedEngine(usual), prompts=prompts, revise={"helpful_samples": 2}))
+
+
+def test_a_row_that_is_lost_is_found_by_the_counts() -> None:
+    assert reconciled("revise", 3, kept=2, quarantined=1, failed=0) == {
+        "in": 3, "kept": 2, "quarantined": 1, "failed": 0,
+    }  # fmt: skip
+    with pytest.raises(AssertionError, match=r"revise: in 3 = kept 1 \+ quarantined 1 \+ failed 0 does not hold"):
+        reconciled("revise", 3, kept=1, quarantined=1, failed=0)
 
 
 # --- principles -----------------------------------------------------------------------------------------------------

@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -5,7 +6,7 @@ import torch
 from scipy.stats import chisquare
 from tiny_roles import PROMPTS, RESPONSES, add_stirred, load
 
-from rlaif.model import sampling
+from rlaif.model import drawing, sampling, slots
 from rlaif.model.roles import BASE
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -118,19 +119,36 @@ def rows_per_step(base):
     hook.remove()
 
 
-def test_ended_rows_are_computed_no_longer(ends_early, rows_per_step):
+def test_ended_rows_are_computed_no_longer_and_nothing_is_padded(ends_early, rows_per_step):
     responses = sample(ends_early, MIXED, temperature=0)
     lengths = [len(s.ids) - s.ended for s in responses]
-    expected = [(sum(length > step for length in lengths), 1) for step in range(8)]
-    assert rows_per_step[1:] == [shape for shape in expected if shape[0]]
+    expected = [(1, sum(map(len, MIXED)))] + [(1, sum(length > step for length in lengths)) for step in range(8)]
+    assert rows_per_step == [shape for shape in expected if shape[1]]
 
 
-def test_a_common_beginning_is_computed_once(base, rows_per_step):
+def test_a_prompt_comes_in_as_soon_as_a_row_has_ended(ends_early, rows_per_step):
+    prompts = [[1, 90, 91, 92], [1, 80], [5]]
+    assert [len(s.ids) for s in sample(ends_early, prompts, temperature=0)] == [5, 3, 9]
+    rows_per_step.clear()
+    sample(ends_early, prompts, temperature=0, rows=2)
+    # The third prompt comes in at the fourth pass, and is alone after the fifth.
+    assert rows_per_step == [(1, n) for n in [6, 2, 2, 2, 2, 1, 1, 1, 1, 1, 1, 1]]
+
+
+def test_what_a_prompt_shares_with_an_earlier_one_is_computed_once(base, rows_per_step):
     sample(base, SHARING, length=1)
-    assert rows_per_step == [(1, 25), (4, 4)]
+    # The longest comes first; of the others, all but what each has in common with it and at least the last token.
+    assert rows_per_step == [(1, 29), (1, 1 + 1 + 2)]
     rows_per_step.clear()
     sample(base, [row[20:] for row in SHARING], length=1)  # five tokens in common: too few
-    assert rows_per_step == [(4, 9)]
+    assert rows_per_step == [(1, 9 + 8 + 7 + 6)]
+
+
+def test_the_tokens_of_one_pass_are_bounded(base, rows_per_step, monkeypatch):
+    monkeypatch.setattr(slots, "TOKENS_PER_SLOT", 2)
+    sample(base, MIXED, length=1)
+    # Eight tokens may come in besides the last one of each prompt: six of the first, and with three more too many.
+    assert rows_per_step == [(1, 7), (1, 4 + 2 + 1)]
 
 
 # --- what must change nothing --------------------------------------------------------------------------------------
@@ -157,14 +175,46 @@ def test_batch_composition_order_and_padding_change_no_token(ends_early, prompts
     assert_same(backwards[::-1], alone)
     beside_a_long_one = sample(base, [*prompts, [1, *range(3, 60)]], seeds=[*seeds, 15], **keys)
     assert_same(beside_a_long_one[:4], alone)
+    for rows in (1, 2, 3):
+        assert_same(sample(base, prompts, seeds=seeds, rows=rows, **keys), alone)
+
+
+@IN_BOTH
+@pytest.mark.parametrize("rows", [2, 3, 7])
+def test_slots_and_padded_batches_give_the_same_responses(ends_early, monkeypatch, rows):
+    base, prompts = ends_early, [*MIXED, *SHARING, *SHARING, *MIXED]
+    assert base.packs
+    responses = sample(base, prompts, temperature=0.8, rows=rows)
+    assert len({len(s.ids) for s in responses}) >= 2
+    with base.acting_as("policy"):
+        options = sampling.next_logprobs(base, prompts, [7, 130], rows)
+    monkeypatch.setattr(base, "packs", False)
+    assert_same(sample(base, prompts, temperature=0.8, rows=rows), responses)
+    with base.acting_as("policy"):
+        torch.testing.assert_close(
+            sampling.next_logprobs(base, prompts, [7, 130], rows), options, rtol=0, atol=ROUNDING
+        )
+
+
+def test_the_longest_common_prefix_is_found_among_some_prompts():
+    prompts = [[1, 2, 3], [1, 2, 4, 5], [9], [1, 2, 3, 7], [1], [1, 2, 3], [1, 2, 4, 6]]
+    common = [[3, 2, 0, 3, 1, 3, 2], [2, 4, 0, 2, 1, 2, 3]]  # of the first two with each
+    prefixes = slots.Prefixes(prompts)
+    assert sorted(prefixes.place.values()) == list(range(7))
+    for row, shared in enumerate(common):
+        for size in range(5):
+            for others in itertools.combinations(range(7), size):
+                count, place = prefixes.longest(prefixes.place[row], sorted(prefixes.place[other] for other in others))
+                assert count == max((shared[other] for other in others), default=0)
+                assert count == 0 or count == next(shared[o] for o in others if prefixes.place[o] == place)
 
 
 @IN_BOTH
 def test_sharing_a_prefix_changes_no_token(base, monkeypatch):
     shared = sample(base, SHARING, temperature=0.8)
-    monkeypatch.setattr(sampling, "MIN_SHARED_PREFIX", 10_000)
+    monkeypatch.setattr(slots, "MIN_SHARED_PREFIX", 10_000)
     assert_same(sample(base, SHARING, temperature=0.8), shared)
-    monkeypatch.setattr(sampling, "MIN_SHARED_PREFIX", 1)
+    monkeypatch.setattr(slots, "MIN_SHARED_PREFIX", 1)
     assert_same(sample(base, SHARING, temperature=0.8), shared)
 
 
@@ -266,7 +316,7 @@ def test_tokens_are_drawn_as_often_as_their_probabilities_say(tiny_model, temper
 
 
 def test_second_tokens_are_drawn_apart_from_first_ones():
-    uniforms = torch.stack([sampling._uniforms(seed, 2) for seed in range(3000)])
+    uniforms = torch.stack([drawing.uniforms(seed, 2) for seed in range(3000)])
     assert uniforms.min() >= 0 and uniforms.max() < 1
     assert torch.corrcoef(uniforms.T)[0, 1].abs() < 3 / math.sqrt(3000)
     assert chisquare(torch.histc(uniforms[:, 1], bins=20, min=0, max=1).tolist()).pvalue > 0.001
@@ -277,15 +327,27 @@ def test_second_tokens_are_drawn_apart_from_first_ones():
 )
 def test_a_nucleus_is_the_smallest_set_that_holds_enough(top_p, kept):
     probabilities = torch.tensor([[0.1875, 0.5, 0.0625, 0.25]], dtype=torch.float64)
-    found = sampling._nucleus(probabilities, top_p)[0]
+    found = drawing._nucleus(probabilities, torch.tensor([top_p], dtype=torch.float64))[0]
     assert {index for index, value in enumerate(found.tolist()) if value} == kept
     assert all(found[index] == probabilities[0, index] for index in kept)
+
+
+def test_a_draw_inverts_the_cumulative_distribution_over_a_large_vocabulary():
+    logits = 3 * torch.randn(50, 1000, generator=torch.Generator().manual_seed(0))
+    logits[:, ::3] = -math.inf
+    uniform = torch.rand(50, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    drawn, logprobs = drawing.draw(logits, uniform, 0.7, 1.0)
+    exact = (logits.double() / 0.7).softmax(-1)
+    for row, token in enumerate(drawn.tolist()):
+        below = exact[row, :token].sum()
+        assert below - 1e-6 <= uniform[row] < below + exact[row, token] + 1e-6
+    torch.testing.assert_close(logprobs.double(), exact.log()[torch.arange(50), drawn], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(("uniform", "token"), [(0.0, 1), (0.49, 1), (0.51, 3), (0.74, 3), (1 - 2**-53, 4)])
 def test_a_token_without_probability_is_never_drawn(uniform, token):
     logits = torch.tensor([[-math.inf, 1.0, -math.inf, 1 - math.log(2), 1 - math.log(2), -math.inf]])
-    drawn, logprob = sampling._draw(logits, torch.tensor([uniform], dtype=torch.float64), 1.0, 1.0)
+    drawn, logprob = drawing.draw(logits, torch.tensor([uniform], dtype=torch.float64), 1.0, 1.0)
     assert drawn.tolist() == [token]
     assert logprob.item() == pytest.approx({1: math.log(1 / 2), 3: math.log(1 / 4), 4: math.log(1 / 4)}[token])
 

@@ -120,7 +120,7 @@ def test_steps_before_the_failure_are_demonstrations_where_all_rounds_are(make: 
         second = part_of(asked) == "critique" and "I can't help" in asked.text and "lock" in asked.text
         return error(422, "no") if second else writes(asked)
 
-    sections: dict[str, Any] = {"rounds": 2, **SERVED}
+    sections: dict[str, Any] = {"rounds": 2, "near_duplicate": None, **SERVED}
     with HostileServer(lambda asked: text("x") if asked.is_probe else behave(asked)) as server:
         counts = revise.revise(make(engines=engines(server), revise=sections))
         assert (counts["kept"], counts["quarantined"], counts["failed"]) == (3 * 2 - 1 + 2, 0, 1)

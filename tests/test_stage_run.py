@@ -21,6 +21,7 @@ def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Maker:
 
 def two_files(make: Maker) -> Run:
     run = make()
+    run.recipe.prompts.append("more.jsonl")
     run.loaded.prompts.append(run.loaded.prompts[0].with_name("more.jsonl"))
     return run
 

@@ -10,6 +10,7 @@ from scripted import HARM, ScriptedEngine, judge_of, make_run, prefers
 
 from rlaif.engines.engine import Question
 from rlaif.errors import StageError
+from rlaif.sections import LabelSection
 from rlaif.stages.candidates import Candidate
 from rlaif.stages.run import Run
 from rlaif.stages.verdicts import Abstention, JudgeSettings, Verdict, as_logit, verdict_of
@@ -102,7 +103,9 @@ def test_a_prompt_of_several_turns_is_shown_with_who_says_them(make: Maker) -> N
     turns = [("user", "Hi"), ("assistant", "Hello"), ("user", "Bye")]
     one = candidate(run, "safe")._replace(prompt=[{"role": role, "content": text} for role, text in turns])
     cast(panel(run, engine), [one], "votes")
-    assert '"Person: Hi\n\nAssistant: Hello\n\nPerson: Bye"' in engine.asked[0].messages[-1]["content"]
+    assert (
+        '"Hi"\n\nThe assistant answered:\n"Hello"\n\nThen they asked:\n"Bye"' in engine.asked[0].messages[-1]["content"]
+    )
 
 
 # --- what votes add up to -------------------------------------------------------------------------------------------
@@ -194,6 +197,21 @@ def test_how_far_a_label_may_be_off_can_be_chosen(tolerance: float, passes: bool
     else:
         with pytest.raises(StageError, match="contradicts itself"):
             swap_test(panel(run, engine), [candidate(run, "safe")], tolerance)
+
+
+@pytest.mark.parametrize(
+    ("keys", "tolerance"),
+    [
+        ({}, 1e-6),
+        ({"judge": "big"}, 0.05),
+        ({"judge": "big", "swap_tolerance": 0.001}, 0.001),
+        ({"judges": [{"name": "a"}, {"name": "b", "engine": "big"}]}, 0.05),
+        ({"judge": "big", "judges": [{"name": "a", "engine": "base"}, {"name": "b", "adapter": "sft"}]}, 1e-6),
+        ({"judge": "big", "judge_method": "function", "judge_function": "brief"}, 1e-6),
+    ],
+)
+def test_only_a_server_is_allowed_more_than_rounding(keys: dict[str, Any], tolerance: float) -> None:
+    assert LabelSection.model_validate(keys).tolerance() == tolerance
 
 
 def test_abstaining_both_ways_is_no_contradiction_and_one_way_is(make: Maker) -> None:

@@ -5,6 +5,7 @@ key that says what it is for, and a hash of everything that determines its answe
 the sampling settings and the seed. An answer is committed to the journal before it is used; asking again reads it.
 """
 
+import time
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Protocol
@@ -83,6 +84,8 @@ def ask(
     Batches are formed over all questions, answered or not, so a resumed run computes the very batches that an
     uninterrupted one would. What an engine yields together is committed together.
     """
+    if journal.stand_in is not None:
+        engine = journal.stand_in(stage, title, engine, questions)
     known = journal.known(stage)
     keys = {id(q): (q.item_id, q.sample, request_hash(engine.identity, q)) for q in questions}
     found = {id(q): _from_json(known[keys[id(q)]].result) for q in questions if keys[id(q)] in known}
@@ -93,9 +96,11 @@ def ask(
         batches = engine.batches(questions) if missing else []
         todo = [[question for question in batch if id(question) not in found] for batch in batches]
         groups = engine.answers([batch for batch in todo if batch])
+        began = time.monotonic()
         try:
             for group in groups:
-                journal.put([_unit(stage, keys[id(question)], answer) for question, answer in group])
+                each, began = (time.monotonic() - began) / len(group), time.monotonic()
+                journal.put([_unit(stage, keys[id(question)], answer, each) for question, answer in group])
                 found.update({id(question): answer for question, answer in group})
                 task.advance(len(group), tokens=sum(answer.tokens for _, answer in group))
         finally:
@@ -106,9 +111,9 @@ def ask(
     return iter([found[id(question)] for question in questions])
 
 
-def _unit(stage: str, key: tuple[str, int, str], answer: Answer) -> Unit:
+def _unit(stage: str, key: tuple[str, int, str], answer: Answer, seconds: float) -> Unit:
     status: Literal["ok", "bad_request"] = "bad_request" if answer.error else "ok"
-    return Unit(stage, *key, result=_to_json(answer), status=status, tokens=answer.tokens)
+    return Unit(stage, *key, result=_to_json(answer), status=status, tokens=answer.tokens, seconds=seconds)
 
 
 def _to_json(answer: Answer) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The shared base as an engine: one role answers, in batches of similar length."""
+"""The shared base as an engine: one role answers, some conversations at a time, others following as they end."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -8,6 +8,8 @@ from rlaif.errors import DataError
 from rlaif.model import sampling
 from rlaif.model.options import option_logprobs
 from rlaif.model.roles import SharedBase
+
+ROUNDS = 2  # what is committed together, over what is in work at a time: more means fewer idle places and later commits
 
 
 class LocalEngine:
@@ -19,7 +21,7 @@ class LocalEngine:
         Args:
             base: the shared base.
             role: which role answers; ``base`` is the model without an adapter.
-            batch_size: conversations per batch.
+            batch_size: conversations in one forward pass.
             adapter: hash of the role's adapter, part of the engine's identity.
         """
         self._base, self._role, self._batch_size = base, role, batch_size
@@ -43,7 +45,7 @@ class LocalEngine:
         result: list[list[Question]] = []
         for group in groups.values():
             lengths = [self._length(question) for question in group]
-            for batch in sampling.batches_by_length(lengths, self._batch_size):
+            for batch in sampling.batches_by_length(lengths, ROUNDS * self._batch_size):
                 result.append([group[index] for index in batch])
         return result
 
@@ -69,7 +71,7 @@ class LocalEngine:
         with self._base.acting_as(self._role):
             if first.options:
                 options = [tokenizer.option_ids(option) for option in first.options]
-                rows = option_logprobs(self._base, prompts, options).tolist()
+                rows = option_logprobs(self._base, prompts, options, self._batch_size).tolist()
                 return [Answer(logprobs=tuple(row), tokens=len(p)) for row, p in zip(rows, prompts, strict=True)]
             samples = sampling.sample(
                 self._base,
@@ -78,5 +80,6 @@ class LocalEngine:
                 seeds=[question.seed for question in batch],
                 temperature=first.temperature,
                 top_p=first.top_p,
+                rows=self._batch_size,
             )
         return [Answer(tokenizer.decode(s.ids), s.ended, (), len(s.ids)) for s in samples]

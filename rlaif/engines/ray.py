@@ -30,9 +30,10 @@ from typing import Any, Protocol
 import torch
 
 from rlaif.engines.engine import Answered, Question
+from rlaif.engines.local import ROUNDS
 from rlaif.engines.workers import Worker, packed, unpacked
 from rlaif.errors import ConfigError, EngineError
-from rlaif.model.base import compute_dtype, describe, resolve
+from rlaif.model.base import compute_dtype, identity_of, resolve
 from rlaif.model.sampling import batches_by_length
 from rlaif.recipe import ModelSection, RaySection
 
@@ -59,11 +60,13 @@ class RayEngine:
         model: the recipe's model.
         cluster: where the workers are.
         kind: what a worker computes on, ``cpu`` or ``cuda``.
-        batch_size: conversations in a batch.
+        batch_size: conversations in one forward pass; a batch has as many as the local engine's.
+        fetch: whether the model's configuration may be fetched.
     """
 
-    def __init__(self, model: ModelSection, cluster: Rows, *, kind: str, batch_size: int):
+    def __init__(self, model: ModelSection, cluster: Rows, *, kind: str, batch_size: int, fetch: bool = True):
         self._model, self._cluster, self._kind, self._batch_size = model, cluster, kind, batch_size
+        self._fetch = fetch
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -73,7 +76,7 @@ class RayEngine:
             ModelError: there is no such model.
             DeviceError: a precision that such a device cannot use.
         """
-        return describe(self._model, self._kind) | {"adapter": "", "device": self._kind}
+        return identity_of(self._model, self._kind, fetch=self._fetch) | {"adapter": "", "device": self._kind}
 
     def batches(self, questions: Sequence[Question]) -> list[list[Question]]:
         """Group questions of the same kind and settings by their number of characters; no model is read for it."""
@@ -84,7 +87,8 @@ class RayEngine:
         result: list[list[Question]] = []
         for group in groups.values():
             lengths = [sum(len(message["content"]) for message in question.messages) for question in group]
-            result += [[group[index] for index in batch] for batch in batches_by_length(lengths, self._batch_size)]
+            for batch in batches_by_length(lengths, ROUNDS * self._batch_size):
+                result.append([group[index] for index in batch])
         return result
 
     def answers(self, batches: Sequence[Sequence[Question]]) -> Iterator[Answered]:

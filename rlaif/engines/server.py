@@ -222,7 +222,7 @@ class ServerEngine:
                 place.rest(trouble.wait)
                 if attempt > self._endpoint.max_retries or self._problem:
                     raise self._error(
-                        f"gave no answer to `{question.item_id}` in {attempt} attempts; at the last one ({place.url}): "
+                        f"gave no answer to `{question.item_id}`; attempt {attempt} of {attempt} ({place.url}): "
                         f"{trouble}. All answers so far are stored; when the server is well again, run the same "
                         "command again."
                     ) from None

@@ -21,7 +21,16 @@ from typing import Any, NamedTuple
 
 from rlaif.documents import decode_text, file_sha256, fingerprint, read_text
 from rlaif.errors import ConfigError, DataError
-from rlaif.records import Comparison, Message, Messages, Split, assistant, read_jsonl
+from rlaif.records import Comparison, Message, Messages, assistant, read_jsonl
+from rlaif.transcripts import (
+    OPEN_TRANSCRIPT,
+    TURN,
+    Unusable,
+    conversation,
+    refuse_odd_turns,
+    split_of,
+    transcript,
+)
 
 FORMATS: dict[str, frozenset[str]] = {
     "hh-rlhf": frozenset({"chosen", "rejected"}),
@@ -48,10 +57,6 @@ REASONS: tuple[str, ...] = (
 )
 """Why a row is not used; besides these, "duplicate of line N" and "id used in line N"."""
 
-_TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
-_OPEN_TRANSCRIPT = re.compile(r"\s*(?:Human|Assistant):.*\n\nAssistant:\s*\Z", re.DOTALL)
-_ROLES = {"Human": "user", "Assistant": "assistant"}
-
 
 class Imported(NamedTuple):
     """What `import_file` made of a file.
@@ -62,10 +67,6 @@ class Imported(NamedTuple):
     comparisons: list[Comparison]
     unused: list[Fields]
     format: str
-
-
-class _Unusable(Exception):
-    """A row cannot become a comparison; its text is the reason."""
 
 
 def import_file(
@@ -115,10 +116,10 @@ def import_file(
         try:
             comparison = _comparison(row, found, {"tag": tag, "annotator": annotator}, provenance)
             _refuse_second(comparison, line, seen)
-        except _Unusable as reason:
+        except Unusable as reason:
             unused.append({"line": line, "reason": str(reason), "row": row})
             continue
-        comparison.split = _split_of(comparison.prompt, eval_fraction, seed)
+        comparison.split = split_of(comparison.prompt, eval_fraction, seed)
         comparisons.append(comparison)
     assert len(comparisons) + len(unused) == len(rows), "a row was lost"
     return Imported(comparisons, unused, found)
@@ -173,7 +174,7 @@ def _list_items(path: Path, text: str) -> list[tuple[int, Fields]]:
 def _format_of(path: Path, rows: list[tuple[int, Fields]], wanted: str | None) -> str:
     """Tell the format from the columns, and where both would do, from the markers of a transcript."""
     columns = {column for _, row in rows for column in row}
-    marked = sum(bool(_TURN.match(str(row.get("chosen")))) for _, row in rows)
+    marked = sum(bool(TURN.match(str(row.get("chosen")))) for _, row in rows)
     name = wanted or ("hh-rlhf" if 2 * marked >= len(rows) and "prompt" not in columns else "trl")
     missing, unknown = {"chosen", "rejected"} - columns, columns - FORMATS[name] - OPTIONAL
     if missing or unknown:
@@ -213,9 +214,9 @@ def _refuse_second(comparison: Comparison, line: int, seen: dict[str, int]) -> N
     """Note a comparison's content and id, and refuse what stood in the file before."""
     content = fingerprint(comparison.model_dump(exclude={"provenance", "flags", "split"}))
     if content in seen:
-        raise _Unusable(f"duplicate of line {seen[content]}")
+        raise Unusable(f"duplicate of line {seen[content]}")
     if comparison.id in seen:
-        raise _Unusable(f"id used in line {seen[comparison.id]}")
+        raise Unusable(f"id used in line {seen[comparison.id]}")
     seen[content] = seen[comparison.id] = line
 
 
@@ -224,40 +225,24 @@ def _conversations(row: Fields, format: str) -> tuple[Messages, Messages, list[s
     sides = row.get("chosen"), row.get("rejected")
     for side, value in zip(("chosen", "rejected"), sides, strict=True):
         if value is None or value == [] or (isinstance(value, str) and not value.strip()):
-            raise _Unusable(f"empty {side}")
+            raise Unusable(f"empty {side}")
     chosen, rejected = sides
     if format == "hh-rlhf":
-        return _transcript(chosen), _transcript(rejected), []
+        return transcript(chosen), transcript(rejected), []
     prompt = row.get("prompt")
     if prompt is not None:
         return _after(prompt, chosen), _after(prompt, rejected), []
     if isinstance(chosen, str) and isinstance(rejected, str):
         return (*_shared_prefix(chosen, rejected), ["prompt from the shared beginning"])
-    return _conversation(chosen), _conversation(rejected), []
-
-
-def _transcript(text: Any) -> Messages:
-    """Split a transcript at ``Human:`` and ``Assistant:`` after a blank line, and nowhere else."""
-    if not isinstance(text, str):
-        raise _Unusable("not a text or a conversation")
-    marks = list(_TURN.finditer(text))
-    if not marks:
-        raise _Unusable("no assistant turn")
-    if text[: marks[0].start()].strip():
-        raise _Unusable("text before the first turn")
-    ends = [mark.start() for mark in marks[1:]] + [len(text)]
-    return [
-        {"role": _ROLES[mark.group(1)], "content": text[mark.end() : end].strip()}
-        for mark, end in zip(marks, ends, strict=True)
-    ]
+    return conversation(chosen), conversation(rejected), []
 
 
 def _after(prompt: Any, answer: Any) -> Messages:
     """Join a prompt (text, transcript or conversation) and an answer, which may repeat the prompt."""
-    if isinstance(prompt, str) and isinstance(answer, str) and _OPEN_TRANSCRIPT.match(prompt):
-        return _transcript(f"{prompt.rstrip()} {answer}")
-    before = [_user(prompt)] if isinstance(prompt, str) else _conversation(prompt)
-    after = assistant(answer.strip()) if isinstance(answer, str) else _conversation(answer)
+    if isinstance(prompt, str) and isinstance(answer, str) and OPEN_TRANSCRIPT.match(prompt):
+        return transcript(f"{prompt.rstrip()} {answer}")
+    before = [_user(prompt)] if isinstance(prompt, str) else conversation(prompt)
+    after = assistant(answer.strip()) if isinstance(answer, str) else conversation(answer)
     repeated = len(after) > len(before) and _same(after[: len(before)], before)
     return after if repeated else before + after
 
@@ -266,11 +251,11 @@ def _shared_prefix(chosen: str, rejected: str) -> tuple[Messages, Messages]:
     """Split two texts where they part, at the last space before: what they share is the prompt."""
     chosen, rejected = chosen.strip(), rejected.strip()
     if chosen == rejected:
-        raise _Unusable("identical answers")
+        raise Unusable("identical answers")
     shared = os.path.commonprefix([chosen, rejected])
     words = re.match(r"(.*\S)\s", shared, re.DOTALL)
     if words is None:
-        raise _Unusable("contexts differ")
+        raise Unusable("contexts differ")
     cut = words.end(1)
     before = _user(chosen[:cut])
     return [before, *assistant(chosen[cut:].strip())], [before, *assistant(rejected[cut:].strip())]
@@ -278,15 +263,6 @@ def _shared_prefix(chosen: str, rejected: str) -> tuple[Messages, Messages]:
 
 def _user(text: str) -> Message:
     return {"role": "user", "content": text.strip()}
-
-
-def _conversation(value: Any) -> Messages:
-    turns = value if isinstance(value, list) else [value]
-    for turn in turns:
-        told = {key for key, part in turn.items() if part is not None} if isinstance(turn, dict) else set()
-        if told != {"role", "content"} or not all(isinstance(turn[key], str) for key in told):
-            raise _Unusable("not a text or a conversation")
-    return [Message(role=turn["role"], content=turn["content"]) for turn in turns]
 
 
 def _same(some: Messages, others: Messages) -> bool:
@@ -299,23 +275,18 @@ def _checked(chosen: Messages, rejected: Messages) -> Messages:
     """Return the turns before the answers, having checked that the two can be compared."""
     for turns in (chosen, rejected):
         if all(turn["role"] != "assistant" for turn in turns):
-            raise _Unusable("no assistant turn")
+            raise Unusable("no assistant turn")
         if turns[-1]["role"] != "assistant":
-            raise _Unusable("last turn is not the assistant's")
+            raise Unusable("last turn is not the assistant's")
     if not _same(chosen[:-1], rejected[:-1]):
-        raise _Unusable("contexts differ")
+        raise Unusable("contexts differ")
     prompt = chosen[:-1]
-    spoken = prompt[1:] if prompt and prompt[0]["role"] == "system" else prompt
-    turn_about = all(turn["role"] == ("user", "assistant")[place % 2] for place, turn in enumerate(spoken))
-    if len(spoken) % 2 == 0 or not turn_about:
-        raise _Unusable("odd roles")
-    if not all(turn["content"].strip() for turn in prompt):
-        raise _Unusable("empty turn")
+    refuse_odd_turns(prompt)
     for side, turns in (("chosen", chosen), ("rejected", rejected)):
         if not turns[-1]["content"].strip():
-            raise _Unusable(f"empty {side}")
+            raise Unusable(f"empty {side}")
     if _same(chosen, rejected):
-        raise _Unusable("identical answers")
+        raise Unusable("identical answers")
     return prompt
 
 
@@ -323,7 +294,7 @@ def _preference(value: Any) -> float:
     if value is None:
         return 1.0
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-        raise _Unusable("preference outside [0, 1]")
+        raise Unusable("preference outside [0, 1]")
     return float(value)
 
 
@@ -331,19 +302,12 @@ def _margin(value: Any) -> float | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
-        raise _Unusable("margin not finite")
+        raise Unusable("margin not finite")
     return float(value)
 
 
 def _word(value: Any, default: str) -> str:
     """Return a name that a row gives as text or a number, or the default where it gives none."""
     if value is not None and not isinstance(value, str | int):
-        raise _Unusable("a name that is not text")
+        raise Unusable("a name that is not text")
     return ("" if value is None else str(value).strip()) or default
-
-
-def _split_of(prompt: Messages, eval_fraction: float, seed: int) -> Split:
-    """Choose the side of the split by a hash of the first user turn, whatever its case and spaces."""
-    first = next(turn["content"] for turn in prompt if turn["role"] == "user")
-    share = int(fingerprint([seed, " ".join(first.casefold().split())])[:13], 16) / 16**13
-    return "eval" if share < eval_fraction else "train"

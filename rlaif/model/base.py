@@ -136,6 +136,23 @@ def _unusable(settings: ModelSection, problem: Exception) -> ModelError:
     )
 
 
+def load_tokenizer(name: str) -> ChatTokenizer:
+    """Load the tokenizer of a model and nothing else: an embedded name, a local folder or a Hub id.
+
+    Raises:
+        ModelError: no such model, no tokenizer, or no chat template.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(resolve(name), trust_remote_code=False)
+    except _BROKEN as problem:
+        reason = " ".join(str(problem).split())[:300] or type(problem).__name__
+        raise ModelError(
+            f"model `{name}`: its tokenizer cannot be loaded: {reason} Expected: an embedded model "
+            f"({', '.join(builtin.EMBEDDED)}), a folder with a tokenizer, or the id of a model on the Hub."
+        ) from problem
+    return ChatTokenizer(tokenizer, name)
+
+
 def _drop_dropout(config: Any) -> None:
     """Set every rate of dropout to 0: attention reads its own from here, not from a module."""
     for part in {id(part): part for part in (config, config.get_text_config())}.values():
@@ -144,19 +161,35 @@ def _drop_dropout(config: Any) -> None:
                 setattr(part, name, 0.0)
 
 
-def describe(settings: ModelSection, kind: str) -> dict[str, Any]:
-    """Return the identity that a model has on a kind of device (``cpu`` or ``cuda``), without loading its weights.
+def identity_of(settings: ModelSection, kind: str | None = None, *, fetch: bool = False) -> dict[str, Any]:
+    """Return the identity of the model that a recipe names, without loading it.
+
+    Args:
+        settings: the model.
+        kind: of the device that it would be on, ``cpu`` or ``cuda``; None for the one that is here.
+        fetch: whether its configuration may be fetched.
 
     Raises:
-        ModelError: no such model.
+        ModelError: there is no such model, or its configuration is not on this machine.
         DeviceError: a floating-point type that such a device cannot use.
     """
-    source = resolve(settings.model_name_or_path)
+    name = settings.model_name_or_path
+    if not fetch and name in builtin.EMBEDDED and not builtin.is_fetched(name):
+        return {"model": name, "weights": "not fetched yet"}
+    source = resolve(name)
     try:
-        config = AutoConfig.from_pretrained(source, revision=settings.model_revision, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(
+            source, revision=settings.model_revision, trust_remote_code=False, local_files_only=not fetch
+        )
     except (*_BROKEN, StrictDataclassError) as problem:
-        raise _unusable(settings, problem) from problem
-    return identity(settings, source, config, torch.device(kind))
+        if fetch:
+            raise _unusable(settings, problem) from problem
+        reason = " ".join(str(problem).split())[:200]
+        raise ModelError(
+            f"model `{name}`: its configuration is not on this machine: {reason} A plan fetches nothing; fetch the "
+            "model first, or run the recipe."
+        ) from problem
+    return identity(settings, source, config, torch.device(kind) if kind else None)
 
 
 def identity(settings: ModelSection, source: str, config: Any, device: torch.device | None = None) -> dict[str, Any]:

@@ -9,7 +9,7 @@ Which parameters are trainable is decided once, when a role is added, and restor
 
 import inspect
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 from pathlib import Path
@@ -25,6 +25,7 @@ from transformers.pytorch_utils import Conv1D
 
 from rlaif import files
 from rlaif.errors import ModelError, RoleError
+from rlaif.model import attention
 from rlaif.model.base import Base, load_base
 from rlaif.recipe import ModelSection
 
@@ -262,6 +263,10 @@ class SharedBase:
         """Run the acting role without the vocabulary projection; ``.last_hidden_state`` is ``[B, L, hidden]``."""
         return self._trunk(**inputs, **({} if cache is None else {self._cache_argument: cache}))
 
+    def packed(self, step: attention.Step, ids: Sequence[int]) -> Tensor:
+        """Run the acting role over rows side by side, without padding: the last hidden states, ``[N, hidden]``."""
+        return attention.forward(self._trunk, self.lm.config.get_text_config(), step, ids)
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Project hidden states ``[..., hidden]`` to vocabulary logits ``[..., V]`` in fp32."""
         logits: Tensor = self.lm.get_output_embeddings()(hidden).float()
@@ -279,6 +284,7 @@ class SharedBase:
         with torch.no_grad(), self.acting_as(BASE):
             ours = self.logits(self.trunk(input_ids=ids, use_cache=False).last_hidden_state)
             theirs = self.lm(input_ids=ids, use_cache=False).logits.float()
+            self.packs = attention.replaceable(self.lm) and attention.agrees(self, ids[0].tolist(), theirs[0])
         if not torch.allclose(ours, theirs, atol=1e-2, rtol=1e-3):
             raise ModelError(
                 f"model `{self.tokenizer.name}`: its logits are not a projection of its last hidden state; "

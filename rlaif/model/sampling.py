@@ -1,11 +1,12 @@
 """Generate and score with the acting role: batches of token ids in, token ids, log-probabilities and scores out.
 
-Shapes: ``B`` rows, ``P`` prompt tokens, ``T`` response tokens, ``V`` vocabulary. Prompts are padded on the left and
-responses on the right, positions count real tokens only, so padding and batch composition change no result beyond the
-rounding of floating-point sums.
+Shapes: ``B`` rows, ``P`` prompt tokens, ``T`` response tokens, ``V`` vocabulary. For scoring, prompts are padded on the
+left and responses on the right, positions count real tokens only; generation goes through slots (`rlaif.model.slots`)
+or, where a model's attention cannot be replaced, through padded batches (`rlaif.model.padded`). Either way padding and
+batch composition change no result beyond the rounding of floating-point sums.
 
-Sampling draws row ``b``'s token ``t`` by inverting the cumulative distribution at a uniform number that depends on the
-row's own seed and ``t`` alone: which rows share a batch does not matter.
+Row ``b``'s token ``t`` is drawn with a number that depends on the row's own seed and ``t`` alone: which rows share a
+batch does not matter.
 """
 
 from collections.abc import Sequence
@@ -13,11 +14,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
+from rlaif.model import drawing, padded, slots
 from rlaif.model.roles import SharedBase
-
-MIN_SHARED_PREFIX = 16  # tokens; below this, computing a common prefix once does not pay
 
 
 class Sample(NamedTuple):
@@ -28,6 +27,9 @@ class Sample(NamedTuple):
     ended: bool
 
 
+token_logprobs = drawing.token_logprobs
+
+
 class Batch(NamedTuple):
     """Prompts and responses side by side: ids, masks of real tokens and positions, all ``[B, P + T]``."""
 
@@ -36,12 +38,6 @@ class Batch(NamedTuple):
     positions: Tensor
     response_ids: Tensor  # [B, T]
     response_mask: Tensor  # [B, T], True for real response tokens
-
-
-class _Prefilled(NamedTuple):
-    logits: Tensor  # [B, V], at the last prompt token
-    cache: DynamicCache
-    mask: Tensor  # [B, P]
 
 
 def pack(base: SharedBase, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> Batch:
@@ -77,11 +73,6 @@ def response_logits(base: SharedBase, batch: Batch, hidden: Tensor, temperature:
     return logits if temperature in (0.0, 1.0) else logits / temperature
 
 
-def token_logprobs(logits: Tensor, ids: Tensor) -> Tensor:
-    """Return the log-probability of each id ``[B, T]`` under logits ``[B, T, V]``."""
-    return logits.gather(-1, ids.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
-
-
 def last_hidden(batch: Batch, hidden: Tensor) -> Tensor:
     """Return the hidden state at each row's last real token: ``[B, hidden]``."""
     last = (batch.mask * torch.arange(batch.mask.shape[1], device=batch.mask.device)).argmax(1)
@@ -108,8 +99,9 @@ def sample(
     seeds: Sequence[int],
     temperature: float = 1.0,
     top_p: float = 1.0,
+    rows: int | None = None,
 ) -> list[Sample]:
-    """Draw one response to each prompt of one batch with the acting role.
+    """Draw one response to each prompt with the acting role.
 
     Args:
         base: the shared base; a role must be acting.
@@ -118,107 +110,53 @@ def sample(
         seeds: one a row; a row's draws depend on its own seed only.
         temperature: logits are divided by it; 0 takes the most probable token.
         top_p: draw from the smallest set of tokens with at least this probability.
+        rows: how many are in work at a time, which bounds the memory; all where absent.
 
     Returns:
         One `Sample` a prompt. `logprobs` are those of the distribution at this temperature (before `top_p`).
     """
-    filled = _prefill(base, prompts)
-    uniforms = torch.stack([_uniforms(seed, max_new_tokens) for seed in seeds]).to(base.device)
-    stops = torch.tensor(base.tokenizer.eos_ids, device=base.device)
-    results: list[Sample] = [Sample([], [], False) for _ in prompts]
-    rows = torch.arange(len(prompts), device=base.device)  # which prompt each live row answers
-    logits, cache, mask = filled
-    position = mask.sum(1, keepdim=True)
-    for step in range(max_new_tokens):
-        token, logprob = _draw(logits, uniforms[rows, step], temperature, top_p)
-        ended = torch.isin(token, stops)
-        for row, one, value, end in zip(rows.tolist(), token.tolist(), logprob.tolist(), ended.tolist(), strict=True):
-            results[row].ids.append(one)
-            results[row].logprobs.append(value)
-            if end:
+    uniforms = torch.stack([drawing.uniforms(seed, max_new_tokens) for seed in seeds]).to(base.device)
+    stops = set(base.tokenizer.eos_ids)
+    results = [Sample([], [], False) for _ in prompts]
+
+    def extend(live: list[int], logits: Tensor) -> list[int | None]:
+        steps = [len(results[row].ids) for row in live]
+        tokens, logprobs = drawing.draw(logits, uniforms[live, steps], temperature, top_p)
+        following: list[int | None] = []
+        for row, token, logprob in zip(live, tokens.tolist(), logprobs.tolist(), strict=True):
+            results[row].ids.append(token)
+            results[row].logprobs.append(logprob)
+            if token in stops:
                 results[row] = results[row]._replace(ended=True)
-        alive = (~ended).nonzero().squeeze(1)
-        if len(alive) == 0 or step == max_new_tokens - 1:
-            break
-        if len(alive) < len(rows):
-            rows, token, mask, position = rows[alive], token[alive], mask[alive], position[alive]
-            cache.batch_select_indices(alive)
-        mask = torch.cat([mask, mask.new_ones(len(rows), 1)], 1)
-        out = base.trunk(
-            input_ids=token.unsqueeze(1),
-            attention_mask=mask,
-            position_ids=position,
-            cache=cache,
-            use_cache=True,
-        )
-        position = position + 1
-        logits = base.logits(out.last_hidden_state[:, -1])
+            done = token in stops or len(results[row].ids) == max_new_tokens
+            following.append(None if done else token)
+        return following
+
+    _run(base, prompts, rows, max_new_tokens, extend)
     return results
 
 
 @torch.no_grad()
-def next_logprobs(base: SharedBase, prompts: Sequence[Sequence[int]], options: Sequence[int]) -> Tensor:
+def next_logprobs(
+    base: SharedBase, prompts: Sequence[Sequence[int]], options: Sequence[int], rows: int | None = None
+) -> Tensor:
     """Return the log-probabilities of option tokens right after each prompt, over the whole vocabulary.
 
     Returns:
         ``[B, len(options)]``, fp32; their exponentials sum to the probability mass on the options.
     """
-    logits = _prefill(base, prompts).logits
-    return logits.log_softmax(-1)[:, list(options)]
+    result = torch.empty(len(prompts), len(options), device=base.device)
+
+    def extend(live: list[int], logits: Tensor) -> list[int | None]:
+        result[live] = logits[:, list(options)] - logits.logsumexp(-1, keepdim=True)
+        return [None] * len(live)
+
+    _run(base, prompts, rows, 0, extend)
+    return result
 
 
-def _prefill(base: SharedBase, prompts: Sequence[Sequence[int]]) -> _Prefilled:
-    """Run the prompts through the acting role; what all of them begin with is computed once."""
-    shared = _common_prefix(prompts)
-    cache = DynamicCache(config=base.lm.config)
-    if shared:
-        prefix = torch.tensor([list(prompts[0][:shared])], device=base.device)
-        base.trunk(input_ids=prefix, cache=cache, use_cache=True)
-        cache.batch_repeat_interleave(len(prompts))
-    rest = [list(prompt[shared:]) for prompt in prompts]
-    width = max(map(len, rest))
-    pad = base.tokenizer.pad_id
-    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rest], device=base.device)
-    own = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rest], device=base.device)
-    mask = torch.cat([own.new_ones(len(rest), shared), own], 1)
-    positions = (mask.cumsum(1) - 1).clamp_min(0)[:, shared:]
-    out = base.trunk(input_ids=ids, attention_mask=mask, position_ids=positions, cache=cache, use_cache=True)
-    return _Prefilled(base.logits(out.last_hidden_state[:, -1]), cache, mask)
-
-
-def _common_prefix(prompts: Sequence[Sequence[int]]) -> int:
-    """Count the tokens that all prompts begin with, leaving each at least one of its own; 0 where it does not pay."""
-    if len(prompts) < 2:
-        return 0
-    low, high = min(map(list, prompts)), max(map(list, prompts))  # in lexicographic order these two differ the earliest
-    limit = min(map(len, prompts)) - 1
-    shared = next((i for i in range(limit) if low[i] != high[i]), limit)
-    return shared if shared >= MIN_SHARED_PREFIX else 0
-
-
-def _uniforms(seed: int, count: int) -> Tensor:
-    """Return `count` numbers in [0, 1) that depend on the seed alone, on any device."""
-    generator = torch.Generator().manual_seed(seed % (1 << 63))
-    return torch.rand(count, generator=generator, dtype=torch.float64)
-
-
-def _draw(logits: Tensor, uniform: Tensor, temperature: float, top_p: float) -> tuple[Tensor, Tensor]:
-    """Choose one token a row from logits ``[B, V]``; return ids and log-probabilities, both ``[B]``."""
-    if temperature == 0:
-        token = logits.argmax(-1)
-        return token, token_logprobs(logits, token)
-    scaled = logits / temperature
-    probabilities = scaled.softmax(-1, dtype=torch.float64)
-    if top_p < 1:
-        probabilities = _nucleus(probabilities, top_p)
-    cumulative = probabilities.cumsum(-1)
-    target = uniform.unsqueeze(1) * cumulative[:, -1:]
-    token = torch.searchsorted(cumulative, target, right=True).squeeze(1).clamp_max(logits.shape[-1] - 1)
-    return token, token_logprobs(scaled, token)
-
-
-def _nucleus(probabilities: Tensor, top_p: float) -> Tensor:
-    """Zero the tokens outside of the smallest set with probability `top_p` (Holtzman et al. 2020)."""
-    ordered, index = probabilities.sort(descending=True)
-    outside = ordered.cumsum(-1) - ordered >= top_p
-    return probabilities.scatter(-1, index, ordered.masked_fill(outside, 0.0))
+def _run(
+    base: SharedBase, prompts: Sequence[Sequence[int]], rows: int | None, max_new_tokens: int, extend: slots.Extend
+) -> None:
+    run = slots.run if base.packs else padded.run
+    run(base, prompts, slots=rows or len(prompts), max_new_tokens=max_new_tokens, extend=extend)

@@ -16,7 +16,8 @@ from rlaif.engines.engine import Engine
 from rlaif.engines.local import LocalEngine
 from rlaif.human.labels import read_labels
 from rlaif.model.roles import BASE, SharedBase
-from rlaif.records import Comparison, Messages, Prompt, Split, assistant, text_of
+from rlaif.prompt_sets import as_text
+from rlaif.records import Comparison, Messages, Prompt, Split, assistant, text_of, with_system
 from rlaif.stages.chains import revised_chains
 from rlaif.stages.revise import respond
 from rlaif.stages.run import Run, path_sha256
@@ -24,7 +25,6 @@ from rlaif.stages.verdicts import NO_ANSWER
 
 NAME = "label"
 POLICY = "policy"
-_SPEAKERS = {"user": "Person", "assistant": "Assistant", "system": "System"}
 Unused = list[dict[str, Any]]
 Source = Literal["ai", "construction"]
 
@@ -42,6 +42,12 @@ class Candidate(NamedTuple):
     split: Split = "train"
     origin: dict[str, Any] = {}  # goes into the row's provenance
     reference: float | None = None  # P(first is better) as people said; no judge is shown it
+    text: str = ""  # the prompt as a judge reads it, where that is not all of `prompt`
+
+    @property
+    def asked(self) -> str:
+        """The prompt as a judge reads it."""
+        return self.text or as_text(self.prompt)
 
     @property
     def exchanged(self) -> "Candidate":
@@ -188,12 +194,15 @@ def _of_comparison(run: Run, row: Comparison) -> Candidate:
         texts, preference = texts[::-1], 1 - preference
     origin: dict[str, Any] = {key: row.provenance[key] for key in ("file", "line") if key in row.provenance}
     principles = principles_of(run, row.id, row.tag)
-    return Candidate(row.id, row.id, row.prompt, texts[0], texts[1], principles, row.tag, row.split, origin, preference)
+    prompt, text = with_system(row.prompt, run.recipe.system_prompt), as_text(row.prompt)
+    about = (principles, row.tag, row.split, origin, preference, text)
+    return Candidate(row.id, row.id, prompt, texts[0], texts[1], *about)
 
 
 def _of_prompt(run: Run, prompt: Prompt, first: str, second: str, name: str, origin: dict[str, Any]) -> Candidate:
     principles = principles_of(run, prompt.id, prompt.tag, prompt.category)
-    return Candidate(name, prompt.id, prompt.messages, first, second, principles, prompt.tag, prompt.split, origin)
+    about = (principles, prompt.tag, prompt.split, origin, None, prompt.prompt)
+    return Candidate(name, prompt.id, prompt.messages, first, second, *about)
 
 
 def principles_of(run: Run, prompt_id: str, tag: str, category: str = "") -> tuple[Principle, ...]:
@@ -202,13 +211,6 @@ def principles_of(run: Run, prompt_id: str, tag: str, category: str = "") -> tup
     if run.recipe.label.principles == "one":
         return (draw(constitution, seed=run.recipe.seed, prompt_id=prompt_id, step=0, tag=tag, category=category),)
     return tuple(applying(constitution, tag, category))
-
-
-def spoken(messages: Messages) -> str:
-    """Return a prompt as the judge reads it: a single turn as it is, several with who says them."""
-    if len(messages) == 1:
-        return messages[0]["content"]
-    return "\n\n".join(f"{_SPEAKERS.get(turn['role'], turn['role'])}: {turn['content']}" for turn in messages)
 
 
 def no_answer(prompt: Prompt, error: str) -> dict[str, Any]:

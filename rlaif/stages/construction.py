@@ -11,14 +11,12 @@ from typing import Any
 
 from rlaif import filters
 from rlaif.engines.engine import ask
-from rlaif.records import Comparison, Messages, Prompt
+from rlaif.records import Comparison, Messages, Prompt, under_instructions
 from rlaif.stages.candidates import NAME, Engines, comparison, no_answer, unusable
-from rlaif.stages.chains import revised_chains
+from rlaif.stages.chains import Chain, Step, revised_chains
+from rlaif.stages.demonstrations import problem
 from rlaif.stages.revise import (
-    Chain,
-    Step,
     critique_and_revise,
-    problem,
     question,
     respond,
     revising_engines,
@@ -35,8 +33,7 @@ def by_revision(run: Run, engines: Engines) -> Labels:
     comparisons: list[Comparison] = []
     unused: list[dict[str, Any]] = []
     plain: list[Chain] = []
-    rows = revised_chains(run)
-    for prompt, row in rows:
+    for prompt, row in revised_chains(run):
         if row.get("error"):
             unused.append(no_answer(prompt, f"revise: {row['error']}"))
             continue
@@ -55,7 +52,6 @@ def by_revision(run: Run, engines: Engines) -> Labels:
         texts = revision["revision"], row["response"]
         comparisons.append(comparison(run, prompt, texts, 1.0, "revision", "construction", [vote], principle))
     made, aside = needless_refusals(run, engines, plain)
-    assert len(comparisons + made) + len(unused + aside) == len(rows), "a row was lost"
     return comparisons + made, unused + aside
 
 
@@ -121,4 +117,4 @@ def under_constitution(run: Run, prompt: Prompt) -> Messages:
     """Return the prompt with the principles for its tag as the system's turn."""
     principles = "\n".join(f"- {p.text}" for p in run.constitution.principles if p.applies(prompt.tag))
     text = templates("contrast")["contrast"].render(principles=principles)
-    return [{"role": "system", "content": text}, *prompt.messages]
+    return under_instructions(prompt.messages, text)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from rlaif import files, filters
-from rlaif.engines.engine import ask
+from rlaif.engines.engine import Answer, ask
 from rlaif.engines.local import LocalEngine
 from rlaif.maths import agreement
 from rlaif.model import sampling
@@ -104,7 +104,13 @@ def evaluate(run: Run) -> dict[str, Any]:
     files.write_jsonl(
         folder / "responses.jsonl",
         [
-            {"policy": name, "prompt_id": row.prompt.id, "tag": row.prompt.tag, "prompt": row.prompt.prompt}
+            {
+                "id": f"{row.prompt.id}/{name}",
+                "policy": name,
+                "prompt_id": row.prompt.id,
+                "tag": row.prompt.tag,
+                "prompt": row.prompt.prompt,
+            }
             | {key: getattr(row, key) for key in Response._fields[1:]}
             for name, rows in responses.items()
             for row in rows
@@ -118,15 +124,36 @@ def evaluate(run: Run) -> dict[str, Any]:
     }
 
 
-def respond_as(
-    run: Run, base: SharedBase, role: str, adapter: Any, prompts: Sequence[Prompt], reference: str
-) -> list[Response]:
-    """Let one policy answer all prompts, and measure its answers."""
+def rehearse(run: Run) -> None:
+    """Ask what `evaluate` asks, and score nothing."""
+    settings = run.recipe.evaluate
+    prompts = run.select("eval", settings.prompts_per_tag)
+    base = run.load_base()
+    responses = {}
+    for name, adapter in adapters(run).items():
+        answers = answers_as(run, base, name, adapter, prompts)
+        responses[name] = [
+            Response(prompt, answer.text, answer.ended, answer.tokens, False, None, 0.0)
+            for prompt, answer in zip(prompts, answers, strict=True)
+        ]
+    if settings.judge_prompts_per_tag:
+        win_rates(run, base, responses)
+
+
+def answers_as(run: Run, base: SharedBase, role: str, adapter: Any, prompts: Sequence[Prompt]) -> list[Answer]:
+    """Let one policy answer all prompts."""
     settings = run.recipe.evaluate
     identity = path_sha256(adapter) if adapter is not None else ""
     engine = LocalEngine(base, role, batch_size=settings.batch_size, adapter=identity)
     questions = [question(run, f"{prompt.id}/eval", prompt.messages, settings.sampling) for prompt in prompts]
-    answers = list(ask(run.journal, NAME, engine, questions, run.progress, f"responses of {role}"))
+    return list(ask(run.journal, NAME, engine, questions, run.progress, f"responses of {role}"))
+
+
+def respond_as(
+    run: Run, base: SharedBase, role: str, adapter: Any, prompts: Sequence[Prompt], reference: str
+) -> list[Response]:
+    """Let one policy answer all prompts, and measure its answers."""
+    answers = answers_as(run, base, role, adapter, prompts)
     texts = [answer.text for answer in answers]
     encoded = [
         (base.tokenizer.prompt(prompt.messages), base.tokenizer.response(answer.text, ended=answer.ended))

@@ -13,12 +13,14 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+from rlaif import requests
 from rlaif.constitution import Constitution
 from rlaif.documents import canonical_json
 from rlaif.engines.engine import Answer, Question
 from rlaif.maths import agreement
 from rlaif.prompting import Template, load_template
-from rlaif.records import Message, Messages, assistant
+from rlaif.records import Message, Messages
+from rlaif.requests import OPTIONS
 from rlaif.stages.verdicts import (
     ORDERS,
     Abstention,
@@ -29,8 +31,6 @@ from rlaif.stages.verdicts import (
     failure,
     verdict_of,
 )
-
-OPTIONS = ("A", "B")
 
 
 def by_logprobs(who: Judge, pairs: Sequence[Pair], title: str) -> list[Opinion]:
@@ -69,24 +69,14 @@ def _read(who: Judge, answers: Sequence[Answer]) -> Opinion:
 
 
 def worked_comparisons(who: Judge, template: Template) -> Messages:
-    """Return the constitution's worked comparisons as turns, as many as this judge is shown.
-
-    Each is put under its own principle: a question about something else would teach the judge to ignore the question.
-    """
-    turns: Messages = []
-    for index, example in enumerate(who.constitution.comparisons[: who.settings.few_shot]):
-        principle = who.constitution.principle(example.principle)
-        pair = Pair(f"worked-{index}", example.prompt, example.first, example.second, principle)
-        turns += [request(template, pair), *assistant(OPTIONS[example.better == "second"])]
-    return turns
+    """Return the constitution's worked comparisons as turns, as many as this judge is shown."""
+    return requests.worked_comparisons(who.constitution, template, who.settings.few_shot)
 
 
 def request(template: Template, pair: Pair, *, swapped: bool = False) -> Message:
     """Return the request to compare a pair, in one of its orders."""
     first, second = (pair.second, pair.first) if swapped else (pair.first, pair.second)
-    question = pair.principle.comparison_question()
-    text = template.render(prompt=pair.prompt, first=first, second=second, question=question)
-    return {"role": "user", "content": text}
+    return requests.comparison_request(template, pair.principle, prompt=pair.prompt, first=first, second=second)
 
 
 def judge(who: Judge, pairs: Sequence[Pair], title: str) -> list[Opinion]:

@@ -20,11 +20,12 @@ from rlaif.documents import shipped
 from rlaif.errors import DataError, StageError
 from rlaif.human.labels import read_labels
 from rlaif.maths import agreement
-from rlaif.records import Comparison, text_of
+from rlaif.records import Comparison, text_of, with_system
 from rlaif.stages import quality as qualities
 from rlaif.stages.candidates import NAME, Candidate, Engines, Unused, collect, comparison
+from rlaif.stages.chains import parts, revised_chains
 from rlaif.stages.construction import by_contrast, by_revision
-from rlaif.stages.run import Run, templates
+from rlaif.stages.run import Run, reconciled, templates
 from rlaif.stages.verdicts import NO_ANSWER
 from rlaif.stages.votes import Ballot, Panel, asked, cast, panel_of, swap_test
 
@@ -33,7 +34,7 @@ STEERS = "tries to steer a judge"
 
 def inputs(run: Run) -> dict[str, str]:
     """Return what this stage's result depends on."""
-    names = ("compare", "contrast", "critique", "gather", "rate", "revise", "weigh")
+    names = ("compare", "contrast", "gather", "rate", "weigh")
     reference = {} if run.loaded.reference is None else {"reference": run.loaded.reference}
     return run.inputs(
         run.recipe.label,
@@ -52,7 +53,7 @@ def inputs(run: Run) -> dict[str, str]:
         engines=[asked(run), run.asked(*run.recipe.engines_of("revise").values())],
         constitution=run.constitution.hash,
         prompts=run.prompts_hash(run.prompts),
-        templates=[template.hash for template in templates(*names).values()],
+        templates=[one.hash for one in (*templates(*names).values(), *parts(run).values())],
     )
 
 
@@ -63,6 +64,7 @@ def label(run: Run) -> dict[str, Any]:
     method = "human" if run.recipe.feedback == "human" else settings.method
     comparisons, unused = human_labels(run) if run.recipe.feedback != "ai" else ([], [])
     same_position: dict[str, Any] = {}
+    incoming = len(comparisons) + len(unused)
     if run.recipe.feedback != "human":
         engines = Engines(run)
         panel = panel_of(run, engines)
@@ -72,9 +74,12 @@ def label(run: Run) -> dict[str, Any]:
             _refuse_weak_judge(run, quality["judge"])
             made, aside, found = by_judge(run, engines, panel)
             quality |= found
+            incoming += found["candidates"]
             same_position = {key: found["votes"][key] for key in ("same_position", "same_position_choice")}
         else:
             made, aside = {"revision": by_revision, "contrast": by_contrast}[method](run, engines)
+            source = revised_chains(run) if method == "revision" else run.select("train", settings.prompts_per_tag)
+            incoming += len(source)
         taken = {row.id for row in comparisons}
         unused += aside + [{"id": row.id, "reason": "in a file of labels already"} for row in made if row.id in taken]
         comparisons += [row for row in made if row.id not in taken]
@@ -86,16 +91,13 @@ def label(run: Run) -> dict[str, Any]:
         if quality["reference"] is None:
             run.progress.say(f"  warning: {run.loaded.reference} holds none of the labelled pairs; nothing to compare.")
     quality["labels"] = summary(method, comparisons, unused) | same_position
+    failed = sum(row["reason"] == NO_ANSWER for row in unused)
+    rows = {"comparisons": len(comparisons), "unused": len(unused) - failed, "failed": failed}
+    counts = reconciled(NAME, incoming, **rows)
     files.write_jsonl(folder / "comparisons.jsonl", comparisons)
     files.write_jsonl(folder / "unused.jsonl", unused)
     files.write_json(folder / "quality.json", quality)
-    failed = sum(row["reason"] == NO_ANSWER for row in unused)
-    return {
-        "comparisons": len(comparisons),
-        "unused": len(unused) - failed,
-        "failed": failed,
-        "by_tag": quality["labels"]["by_tag"],
-    }
+    return counts | {"by_tag": quality["labels"]["by_tag"]}
 
 
 def human_labels(run: Run) -> tuple[list[Comparison], list[dict[str, Any]]]:
@@ -106,6 +108,7 @@ def human_labels(run: Run) -> tuple[list[Comparison], list[dict[str, Any]]]:
         settings = run.recipe.human
         imported = read_labels(path, tag=settings.tag, annotator=settings.annotator, seed=run.recipe.seed)
         for row in imported.comparisons:
+            row.prompt = with_system(row.prompt, run.recipe.system_prompt)  # as the policy will be asked
             if row.id in comparisons:
                 unused.append({"file": path.name, "reason": "stands in two files", "row": row.model_dump()})
             comparisons.setdefault(row.id, row)
@@ -143,10 +146,12 @@ def by_judge(run: Run, engines: Engines, panel: Panel) -> tuple[list[Comparison]
     """Let the judges vote on candidates; return the labels, the pairs without one, and how good the labels are."""
     settings = run.recipe.label
     found, unused = collect(run, engines)
+    collected = len(found) + len(unused)
     candidates, flags = _unsteered(run, found, unused)
     tested = sorted(candidates, key=lambda one: run.seed("swap test", one.id))[: settings.self_test_rows]
     quality: dict[str, Any] = {
-        "swap_test": swap_test(panel, tested, settings.swap_tolerance) if tested else None,
+        "candidates": collected,
+        "swap_test": swap_test(panel, tested, settings.tolerance()) if tested else None,
         "attacks": qualities.try_attacks(run, panel),
     }
     gold = qualities.gold_candidates(run, len(candidates))

@@ -268,8 +268,11 @@ def record(run: Run, actors: Actors, update: int, figures: dict[str, float], row
     files.append_jsonl(folder / METRICS, {"step": update + 1, "update": update + 1, **figures})
     if update % actors.settings.sample_every_updates:
         return
-    for prompt, response, value, divergence in rows[:_SAMPLES_SHOWN]:
+    for index, (prompt, response, value, divergence) in enumerate(rows[:_SAMPLES_SHOWN]):
         row = {
+            "id": f"ppo-{update + 1}-{index}",
+            "prompt_id": prompt.id,
+            "seed": run.seed(NAME, update, index),
             "step": update + 1,
             "update": update + 1,
             "prompt": prompt.prompt,

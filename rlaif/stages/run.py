@@ -1,11 +1,12 @@
 """What every stage is given: the recipe, the run folder, the journal, the constitution and the prompts."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import BaseModel
 
@@ -22,9 +23,10 @@ from rlaif.journal import Journal
 from rlaif.model import builtin
 from rlaif.model.roles import SharedBase
 from rlaif.progress import Progress
+from rlaif.prompt_sets import PromptSet, read_prompts, refuse_leaks
 from rlaif.prompting import Template, load_template
-from rlaif.recipe import ENGINE_KEYS, STAGES, Loaded, Recipe
-from rlaif.records import Prompt, Split, read_rows
+from rlaif.recipe import ENGINE_KEYS, STAGES, Loaded, PromptFile, Recipe
+from rlaif.records import Prompt, Split, with_system
 
 # Keys that decide whether or how a stage goes on, never what it writes: changing one repeats no work.
 _NOT_DETERMINING = {
@@ -37,7 +39,6 @@ _NOT_DETERMINING = {
     "report_to",
     "save_steps",
     "save_every_updates",
-    "swap_tolerance",
 }
 # Keys that name an engine: what it is asked with counts (`Run.asked`), and not what the recipe calls it.
 _NAMES = {key for keys in ENGINE_KEYS.values() for key in keys}
@@ -51,6 +52,7 @@ class Run:
     folder: Path
     journal: Journal
     progress: Progress
+    fetches: ClassVar[bool] = True  # whether what is not on this machine may be fetched
 
     @property
     def recipe(self) -> Recipe:
@@ -64,27 +66,36 @@ class Run:
 
     @cached_property
     def prompts(self) -> list[Prompt]:
-        """All prompts of the recipe's prompt sets, in file order.
+        """All prompts of the recipe's prompt sets, in file order, under the recipe's system prompt.
 
         Raises:
             DataError: a broken row, an id that stands in two files, or a text that stands in both splits.
         """
         rows: list[Prompt] = []
         origin: dict[str, Path] = {}
-        texts: dict[str, Prompt] = {}
-        for path in self.loaded.prompts:
-            for row in read_rows(path, Prompt):
+        for source, path in zip(self.recipe.prompts, self.loaded.prompts, strict=True):
+            about = PromptFile(file=source) if isinstance(source, str) else source
+            found = read_prompts(path, tag=about.tag, eval_fraction=about.eval_fraction, seed=self.recipe.seed)
+            self._tell_unused(path, found)
+            for row in found.prompts:
                 if row.id in origin:
                     raise DataError(f"{path}: the prompt id `{row.id}` stands already in {origin[row.id]}.")
                 origin[row.id] = path
-                twin = texts.setdefault(" ".join(row.prompt.casefold().split()), row)
-                if twin.split != row.split:
-                    raise DataError(
-                        f"{path}: `{row.id}` ({row.split}) has the text of `{twin.id}` ({twin.split}) in "
-                        f"{origin[twin.id]}; what is trained on cannot measure. Remove one, or give both one split."
-                    )
-                rows.append(row)
+                messages = with_system(row.messages, self.recipe.system_prompt)
+                rows.append(row.model_copy(update={"messages": messages}))
+        refuse_leaks(rows, origin)
         return rows
+
+    def _tell_unused(self, path: Path, found: PromptSet) -> None:
+        if found.unused:
+            reasons = Counter(row["reason"].partition(" of line ")[0] for row in found.unused)
+            told = ", ".join(f"{reason} {count}" for reason, count in reasons.most_common())
+            lines = ", ".join(str(row["line"]) for row in found.unused[:5])
+            more = "" if len(found.unused) <= 5 else ", ..."
+            self.progress.say(
+                f"{path.name}: {len(found.prompts)} prompts; {len(found.unused)} rows are none ({told}; lines {lines}"
+                f"{more})"
+            )
 
     def select(self, split: Split, per_tag: dict[str, int]) -> list[Prompt]:
         """Return a split's prompts: the first so many of each named tag, or all where no tag is named.
@@ -145,7 +156,7 @@ class Run:
         return SharedBase.load(self.recipe.model)
 
     def _fetch(self) -> None:
-        if self.recipe.model.model_name_or_path in builtin.EMBEDDED:
+        if self.fetches and self.recipe.model.model_name_or_path in builtin.EMBEDDED:
             builtin.fetch(self.recipe.model.model_name_or_path, self.progress.say)
 
     # --- who answers --------------------------------------------------------------------------------------------
@@ -166,7 +177,8 @@ class Run:
             return LocalEngine(load(), BASE, batch_size=batch_size)
         if name == RAY:
             self._fetch()
-            return RayEngine(self.recipe.model, self._cluster, kind=self.recipe.ray.kind, batch_size=batch_size)
+            model, kind = self.recipe.model, self.recipe.ray.kind
+            return RayEngine(model, self._cluster, kind=kind, batch_size=batch_size, fetch=self.fetches)
         return ServerEngine(name, self._endpoint(name), chooses=chooses, say=self.progress.say)
 
     def model_of(self, name: str) -> str:
@@ -225,7 +237,15 @@ class Run:
 
     def prompts_hash(self, prompts: list[Prompt]) -> str:
         """Return the fingerprint of a selection of prompts."""
-        return fingerprint([prompt.model_dump() for prompt in prompts])
+        rows = [prompt.model_dump(exclude=None if prompt.is_conversation else {"messages"}) for prompt in prompts]
+        return fingerprint(rows)
+
+
+def reconciled(stage: str, total: int, **parts: int) -> dict[str, int]:
+    """Return the counts of a stage's rows, having checked that each row that came in went somewhere."""
+    told = " + ".join(f"{name} {count}" for name, count in parts.items())
+    assert total == sum(parts.values()), f"{stage}: in {total} = {told} does not hold: a row was lost or doubled"
+    return {"in": total, **parts}
 
 
 def path_sha256(path: Path) -> str:

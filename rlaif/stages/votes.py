@@ -14,7 +14,7 @@ from rlaif.constitution import Principle
 from rlaif.errors import StageError
 from rlaif.recipe import LabelSection
 from rlaif.sections import JudgeSection
-from rlaif.stages.candidates import NAME, Candidate, Engines, spoken
+from rlaif.stages.candidates import NAME, Candidate, Engines
 from rlaif.stages.judge import judge
 from rlaif.stages.rating import gathered
 from rlaif.stages.rewards import find_function
@@ -155,7 +155,7 @@ def cast(panel: Panel, candidates: Sequence[Candidate], title: str) -> list[Ball
         groups = [one.principles] if panel.together else [(principle,) for principle in one.principles]
         for group in groups:
             name = one.id if len(groups) == 1 else f"{one.id}@{group[0].id}"
-            pair = Pair(name, spoken(one.prompt), one.first, one.second, gathered(group), one.tag)
+            pair = Pair(name, one.asked, one.first, one.second, gathered(group), one.tag)
             asked.append((index, group, pair))
     votes: list[list[Vote]] = [[] for _ in candidates]
     for who in panel.judges:
@@ -184,15 +184,16 @@ def count(votes: list[Vote]) -> Ballot:
 def swap_test(panel: Panel, candidates: Sequence[Candidate], tolerance: float) -> dict[str, Any]:
     """Ask about candidates as they are and with their answers exchanged; P must become 1 - P.
 
-    Both are asked in one go, so that equal requests stand in batches of one shape. It finds a labeller that mixes up
-    sides, draws its answers anew each time, or does not answer the same question alike.
+    The exchanged pairs make the very same requests, so they are asked in batches of the same shapes as the others, and
+    rounding is the same. It finds a labeller that mixes up sides, or answers a question otherwise when asked again.
 
     Raises:
         StageError: a label does not turn around with its pair.
     """
-    both = cast(panel, [*candidates, *(one.exchanged for one in candidates)], "swap test")
+    given = cast(panel, candidates, "swap test")
+    exchanged = cast(panel, [one.exchanged for one in candidates], "swap test, exchanged")
     errors: list[float] = []
-    for candidate, there, back in zip(candidates, both[: len(candidates)], both[len(candidates) :], strict=True):
+    for candidate, there, back in zip(candidates, given, exchanged, strict=True):
         if there.preference is None and back.preference is None:
             continue
         if there.preference is None or back.preference is None:

@@ -1,0 +1,349 @@
+"""A row's ancestry: from any row that a stage wrote back to the sentence of the constitution that caused it.
+
+`trace` finds the row in the files of a run folder and follows what its provenance names: the chain, each critique and
+revision with the model's answer in the journal, the principle with its place in the constitution, the prompt. Answers
+are found by their text, so an answer that was asked for again under other words is not taken for the one that was used.
+Nothing is written. Where the constitution or a prompt is not what it was, the tree says so.
+"""
+
+import difflib
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from rlaif import constitution as constitutions
+from rlaif.constitution import Placed
+from rlaif.endpoints import BASE
+from rlaif.engines.engine import Answer
+from rlaif.errors import ConstitutionError, DataError
+from rlaif.journal import Unit
+from rlaif.pipeline import journal_copy, open_run
+from rlaif.principles import Principle
+from rlaif.progress import Progress
+from rlaif.prompt_sets import line_of
+from rlaif.records import read_jsonl, text_of
+from rlaif.stages.revise import unquoted, whole_sentences
+from rlaif.stages.run import Run, path_sha256
+
+# Where rows with an id stand, and what one is called.
+_FILES = (
+    ("ppo", "samples.jsonl", "PPO sample"),
+    ("evaluate", "responses.jsonl", "response of the evaluation"),
+    ("label", "comparisons.jsonl", "comparison"),
+    ("label", "unused.jsonl", "pair set aside"),
+    ("revise", "demonstrations.jsonl", "demonstration"),
+    ("revise", "quarantine.jsonl", "demonstration set aside"),
+    ("revise", "chains.jsonl", "chain"),
+)
+_SHOWN = 160  # characters of a text in the tree
+
+
+@dataclass
+class Node:
+    """A row, an answer, a principle or an adapter, with what is known of it and where it came from."""
+
+    what: str
+    id: str = ""
+    where: str = ""  # file and line, or the key in the journal
+    facts: dict[str, Any] = field(default_factory=dict)
+    text: str = ""
+    note: str = ""  # what is not as it was
+    sources: list["Node"] = field(default_factory=list)
+
+
+def trace(folder: Path, row_id: str) -> list[Node]:
+    """Return the ancestry of each row of a run that has this id.
+
+    Raises:
+        DataError: no row has it; ids that look alike are named.
+        JournalError: not a run folder, or a damaged journal.
+    """
+    loaded = open_run(folder)
+    with journal_copy(folder) as book:
+        found = _Ancestry(Run(loaded, folder, book, Progress(quiet=True))).rows(row_id)
+    if found:
+        return found
+    run = Run(loaded, folder, book, Progress(quiet=True))
+    known = {str(row.get("id")) for stage, name, _ in _FILES for _, row in _rows(run.stage_folder(stage) / name)}
+    near = difflib.get_close_matches(row_id, sorted(known), n=3, cutoff=0.5)
+    hint = f"Did you mean {' or '.join(f'`{one}`' for one in near)}?" if near else "Ids stand in the rows' column `id`."
+    raise DataError(f"{folder}: no row has the id `{row_id}`, in any of {len(known)} rows of its stages. {hint}")
+
+
+def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    return read_jsonl(path) if path.is_file() else iter(())
+
+
+class _Ancestry:
+    """Builds nodes from the files, the journal and the constitution of one run."""
+
+    def __init__(self, run: Run):
+        self._run = run
+        self._units = {stage: list(run.journal.known(stage).values()) for stage in ("revise", "label", "evaluate")}
+        self._chains = {str(row["id"]): (line, row) for line, row in self._stage_rows("revise", "chains.jsonl")}
+
+    def _stage_rows(self, stage: str, name: str) -> Iterator[tuple[int, dict[str, Any]]]:
+        return _rows(self._run.stage_folder(stage) / name)
+
+    def _place(self, stage: str, name: str, line: int) -> str:
+        return f"{self._run.stage_folder(stage).name}/{name}:{line}"
+
+    def rows(self, row_id: str) -> list[Node]:
+        """Return a node for each row with this id."""
+        found = []
+        for stage, name, what in _FILES:
+            for line, row in self._stage_rows(stage, name):
+                if row.get("id") == row_id:
+                    found.append(self._row(what, row, self._place(stage, name, line)))
+        return found
+
+    def _row(self, what: str, row: dict[str, Any], where: str) -> Node:
+        if what in ("PPO sample", "response of the evaluation"):
+            return self._of_policy(what, row, where)
+        if what == "comparison":
+            return self._comparison(row, where)
+        if what.startswith("demonstration"):
+            return self._demonstration(what, row, where)
+        if what == "chain":
+            return self._chain(row, where, len(row["steps"]))
+        facts = {key: row[key] for key in ("reason",) if key in row}
+        return Node(what, str(row["id"]), where, facts, text=" | ".join(row.get("texts", [])))
+
+    # --- rows ---------------------------------------------------------------------------------------------------
+
+    def _of_policy(self, what: str, row: dict[str, Any], where: str) -> Node:
+        """A policy's answer comes from the prompt, and from what the policy and its reward were trained on."""
+        keys = ("policy", "update", "seed", "score", "kl", "refused")
+        facts = {key: row[key] for key in keys if row.get(key) is not None}
+        node = Node(what, str(row["id"]), where, facts, row.get("response", row.get("text", "")))
+        prompt_id = str(row["prompt_id"])
+        node.sources.append(self._prompt(prompt_id))
+        if what != "PPO sample":
+            node.sources += self._answers("evaluate", f"{prompt_id}/eval", row["text"], "answer")
+        if row.get("policy") == "base":
+            return node
+        trained = [("sft", "2-sft/adapter", "demonstrations.jsonl", "revise", "demonstration")]
+        if row.get("policy", "ppo") == "ppo":
+            trained.append(("reward", "4-reward/adapter", "comparisons.jsonl", "label", "comparison"))
+        for stage, place, name, source, kind in trained:
+            if stage not in self._run.recipe.stages:
+                continue
+            of = {"sft": "where the policy began", "reward": "what it was rewarded by"}[stage]
+            path = self._run.folder / place
+            adapter = Node(f"{stage} adapter: {of}", "", place, {"sha256": path_sha256(path)[:16]})
+            rows = list(self._stage_rows(source, name))
+            adapter.facts["trained on"] = f"{len(rows)} rows of {self._run.stage_folder(source).name}/{name}"
+            own = [(line, one) for line, one in rows if one["provenance"].get("prompt_id") == prompt_id]
+            adapter.sources = [self._row(kind, one, self._place(source, name, line)) for line, one in own]
+            adapter.note = "" if own else "none of these rows is of this prompt"
+            node.sources.append(adapter)
+        return node
+
+    def _comparison(self, row: dict[str, Any], where: str) -> Node:
+        origin, votes = row["provenance"], row["votes"]
+        facts = {key: row[key] for key in ("source", "annotator", "preference", "split")}
+        node = Node("comparison", str(row["id"]), where, facts, note=self._constitution_note(origin))
+        prompt_id = str(origin.get("prompt_id", ""))
+        for vote in votes:
+            node.sources.append(self._vote(vote, prompt_id, origin))
+        chain = self._chains.get(prompt_id)
+        for side in ("chosen", "rejected"):
+            text = text_of(row[side])
+            part = Node(side, text=text)
+            steps = [step["revision"] for step in chain[1]["steps"]] if chain else []
+            if chain and text in (chain[1]["response"], *steps):
+                count = 0 if text == chain[1]["response"] else steps.index(text) + 1
+                part.sources = [self._chain(chain[1], self._place("revise", "chains.jsonl", chain[0]), count)]
+            else:
+                part.sources = self._answers("label", f"{prompt_id}/", text, "answer") if prompt_id else []
+            node.sources.append(part)
+        if prompt_id:
+            node.sources.append(self._prompt(prompt_id, row["prompt"]))
+        elif "file" in origin:
+            node.sources.append(Node("label by a person", "", f"{origin['file']}:{origin.get('line', '')}", origin))
+        return node
+
+    def _vote(self, vote: dict[str, Any], prompt_id: str, origin: dict[str, Any]) -> Node:
+        facts = {key: value for key, value in vote.items() if key not in ("principle", "critique")}
+        node = Node("vote", facts=facts, text=vote.get("critique", ""))
+        for logit in vote.get("logits", ()):
+            node.sources += self._verdicts(prompt_id, logit)
+        if vote.get("critique"):
+            chain = self._chains.get(prompt_id)  # whose critique it is, or one of a needless refusal
+            steps = chain[1]["steps"] if chain else []
+            stage = "revise" if any(step["critique"] == vote["critique"] for step in steps) else "label"
+            node.sources += self._answers(stage, f"{prompt_id}/critique", vote["critique"], "critique")
+        if vote.get("principle"):
+            known = origin.get("principle_hash") if vote["principle"] == origin.get("principle") else None
+            key = "comparison" if "logits" in vote else "revision"
+            node.sources.append(self._principle(vote["principle"], known, key, origin))
+        return node
+
+    def _demonstration(self, what: str, row: dict[str, Any], where: str) -> Node:
+        origin = row["provenance"]
+        facts = {key: row[key] for key in ("tag", "flags", "reason", "duplicate_of") if row.get(key)}
+        facts["constitution"] = origin.get("constitution")
+        note = self._constitution_note(origin)
+        node = Node(what, str(row["id"]), where, facts, text_of(row["completion"]), note)
+        found = self._chains.get(str(origin.get("chain_id", origin["prompt_id"])))
+        if found:
+            place = self._place("revise", "chains.jsonl", found[0])
+            node.sources.append(self._chain(found[1], place, len(row["revisions"]) - 1))
+        return node
+
+    def _chain(self, row: dict[str, Any], where: str, steps: int) -> Node:
+        """Return a chain up to one of its steps, the latest first."""
+        facts = {"kept": row["kept"], "reason": row["reason"]} if not row["kept"] else {}
+        node = Node("chain", str(row["id"]), where, facts)
+        prompt_id = str(row["prompt_id"])
+        for number, step in reversed(list(enumerate(row["steps"][:steps]))):
+            part = Node(f"revision {number + 1}", text=step["revision"])
+            part.sources = self._answers("revise", f"{prompt_id}/revise-{number}", step["revision"], "answer")
+            if step["critique"]:
+                critique = Node(f"critique {number + 1}", text=step["critique"])
+                critique.sources = self._answers("revise", f"{prompt_id}/critique-{number}", step["critique"], "answer")
+                critique.sources.append(self._principle(step["principle"], step.get("principle_hash"), "critique"))
+                part.sources.append(critique)
+            part.sources.append(self._principle(step["principle"], step.get("principle_hash"), "revision"))
+            node.sources.append(part)
+        response = Node("response", text=row["response"])
+        response.sources = self._answers("revise", f"{prompt_id}/response", row["response"], "answer")
+        node.sources += [response, self._prompt(prompt_id)]
+        return node
+
+    @cached_property
+    def _entries(self) -> list[Placed] | str:
+        """The entries of the constitution as it is now, file by file, or why it cannot be read."""
+        try:
+            reading = constitutions.read(self._run.loaded.constitution)
+        except ConstitutionError as problem:
+            return str(problem)
+        return reading.entries if not reading.problems else str(reading.problems[0])
+
+    # --- what rows come from ------------------------------------------------------------------------------------
+
+    def _answers(self, stage: str, item: str, text: str, what: str) -> list[Node]:
+        """Return the stored answers that begin with this id and have this text; most often one."""
+        units = [u for u in self._units[stage] if u.item_id.startswith(item) and text in _forms(u)]
+        if not units:
+            return [Node(what, item, note="not in the journal (any more)")]
+        nodes = [self._unit(stage, unit, what) for unit in units]
+        for node in nodes if len(nodes) > 1 else []:
+            node.note = f"one of {len(nodes)} stored answers with this very text; any of them may have been used"
+        return nodes
+
+    def _verdicts(self, prompt_id: str, logit: float) -> list[Node]:
+        mine = (u for u in self._units["label"] if u.item_id.startswith(prompt_id) and "/exchanged/" not in u.item_id)
+        read = [(u, u.result.get("logprobs", ())) for u in mine]  # under `/exchanged/` stands the swap test
+        units = [u for u, logprobs in read if len(logprobs) > 1 and abs(logprobs[0] - logprobs[1] - logit) < 1e-6]
+        return [self._unit("label", unit, "judgement") for unit in units]
+
+    def _unit(self, stage: str, unit: Unit, what: str) -> Node:
+        policy = (
+            stage != "revise" and not unit.result.get("logprobs") and unit.item_id.endswith(("response", "contrast"))
+        )
+        adapter = self._run.stage_folder("sft") / "adapter"
+        facts = {
+            "request": unit.request_hash[:16],
+            "model": self._run.model_of(self._asked(stage, unit)),
+            "adapter": path_sha256(adapter)[:16] if policy and adapter.is_dir() else "none",
+            "seed": self._run.seed(unit.item_id, unit.sample),
+            "sample": unit.sample,
+            "tokens": unit.tokens,
+        }
+        return Node(what, unit.item_id, f"journal.db {stage}", facts)
+
+    def _asked(self, stage: str, unit: Unit) -> str:
+        """Return the name of the engine that answered, as the recipe has it."""
+        names, part = self._run.recipe.revise, unit.item_id.rpartition("/")[2].partition("-")[0]
+        if unit.result.get("logprobs"):
+            return self._run.recipe.label.judge
+        known = {"critique": names.critic, "revise": names.reviser}
+        return known.get(part, names.responder if stage == "revise" else BASE)
+
+    def _prompt(self, prompt_id: str, shown: Any = None) -> Node:
+        for path in self._run.loaded.prompts:
+            line = line_of(path, prompt_id) if path.is_file() else None
+            if line is not None:
+                now = next((prompt for prompt in self._run.prompts if prompt.id == prompt_id), None)
+                same = shown is None or now is None or now.messages == shown
+                note = "" if same else "the prompt has another text now"
+                return Node("prompt", prompt_id, f"{path}:{line}", {}, now.prompt if now else "", note)
+        return Node("prompt", prompt_id, note="not in the recipe's prompt sets any more")
+
+    def _principle(self, identifier: str, known: str | None, key: str, origin: dict[str, Any] | None = None) -> Node:
+        """Return a principle with the place of its sentence, and whether it is what the row was made under."""
+        node = Node("principle", identifier)
+        if isinstance(self._entries, str):
+            node.note = f"the constitution cannot be read now: {self._entries}"
+            return node
+        for placed in reversed(self._entries):  # an entry of a later file replaces those of the files it extends
+            principle = placed.entry
+            if not isinstance(principle, Principle) or principle.id != identifier:
+                continue
+            node.where, node.text = placed.problem("text", "", "").place, principle.text
+            asked = placed.problem(key, "", "").place if getattr(principle, key) else "built from the text"
+            node.facts = {f"{key} asked with": asked, "hash": principle.hash[:16]}
+            if known is not None and known != principle.hash:
+                node.note = f"REWORDED SINCE: this row was made under other words (hash {known[:16]})"
+            elif known is None and origin and self._constitution_note(origin):
+                node.note = "whether this principle was reworded since is not recorded; the constitution was"
+            return node
+        node.note = "NO LONGER IN THE CONSTITUTION"
+        return node
+
+    def _constitution_note(self, origin: dict[str, Any]) -> str:
+        known = origin.get("constitution_hash")
+        if known is None:
+            return ""
+        if isinstance(self._entries, str):
+            return "the constitution cannot be read now"
+        now = self._run.constitution
+        hashes = {now.hash_of("principles", "examples"), now.hash_of("principles", "examples", "comparisons")}
+        return "" if known in hashes else "the constitution has changed since this row was made"
+
+
+def _forms(unit: Unit) -> set[str]:
+    """Return the texts in which a stage may have used a stored answer."""
+    stored = unit.result
+    whole, _ = whole_sentences(Answer(text=stored.get("text", ""), ended=stored.get("ended", True)))
+    return {stored.get("text", ""), whole, unquoted(whole)}
+
+
+def as_json(nodes: Iterable[Node]) -> list[dict[str, Any]]:
+    """Return nodes as plain data."""
+    return [asdict(node) for node in nodes]
+
+
+def as_lines(nodes: Iterable[Node], indent: str = "") -> Iterator[str]:
+    """Draw nodes as a tree, texts cut to a line; control characters are left out."""
+    for node in nodes:
+        yield from _lines(node, indent, indent)
+
+
+def _lines(node: Node, first: str, rest: str) -> Iterator[str]:
+    head = " ".join(part for part in (node.what, node.id) if part)
+    yield _printable(first + head + (f"  ({node.where})" if node.where else ""))
+    inner = rest + ("│  " if node.sources else "   ")
+    if node.facts:
+        yield _printable(inner + ", ".join(f"{key} {_short(value)}" for key, value in node.facts.items()))
+    if node.text:
+        yield _printable(f"{inner}“{_short(node.text)}”")
+    if node.note:
+        yield _printable(f"{inner}! {node.note}")
+    for index, source in enumerate(node.sources):
+        last = index == len(node.sources) - 1
+        yield from _lines(source, rest + ("└─ " if last else "├─ "), rest + ("   " if last else "│  "))
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.3g}"
+    text = " ".join(str(value).split())
+    return text if len(text) <= _SHOWN else text[: _SHOWN - 1] + "…"
+
+
+def _printable(text: str) -> str:
+    return "".join(char for char in text if char.isprintable())

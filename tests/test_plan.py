@@ -1,0 +1,202 @@
+"""What a run would do: what is asked again after an edit, what is up to date, and that nothing runs."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from scripted import CONSTITUTION, HARM, PROMPTS, ScriptedEngine, make_run, prefers, usual
+from typer.testing import CliRunner
+
+from rlaif import plan as plans
+from rlaif.cli import app
+from rlaif.constitution import draw, load
+from rlaif.engines.engine import Answer
+from rlaif.errors import ConfigError
+from rlaif.pipeline import _write_recipe, run_stage
+from rlaif.plan import Speed, StagePlan, as_lines
+from rlaif.stages.run import Run
+
+Maker = Callable[..., Run]
+HOUSES = [{"id": f"p{n}", "prompt": f"How do I rob house {n}?", "tag": HARM} for n in range(12)]
+WITHOUT_SHOTS = {"few_shot": 0}
+NO_TESTS = CONSTITUTION.partition("tests:")[0]
+
+
+@pytest.fixture
+def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Maker:
+    monkeypatch.setattr(plans, "_calibrated", lambda run, speed: Speed(10.0, 100.0, "a measurement", 0.5))
+    monkeypatch.setattr("rlaif.model.base.identity_of", lambda settings: {"name": "tiny"})
+
+    def make(*args: Any, **kwargs: Any) -> Run:
+        kwargs = {"output": str(tmp_path / "run"), "constitution": NO_TESTS, "prompts": HOUSES, **kwargs}
+        run = make_run(tmp_path, monkeypatch, *args, **{"stages": ["revise"], "revise": WITHOUT_SHOTS, **kwargs})
+        _write_recipe(run)
+        return run
+
+    return make
+
+
+def planned(run: Run, **options: Any) -> list[StagePlan]:
+    return plans.plan(run.loaded, **options)
+
+
+def missing(found: StagePlan) -> list[str]:
+    return sorted(question.item_id for question in found.missing)
+
+
+def test_before_the_first_run_every_question_must_be_asked(make: Maker) -> None:
+    (found,) = planned(make(ScriptedEngine(usual)))
+    assert found.reasons == ["no manifest"]
+    assert [(wave.title, wave.asked, len(wave.missing)) for wave in found.waves] == [
+        ("responses", 12, 12),
+        ("critique 1", 12, 12),
+        ("revise 1", 12, 12),
+    ]
+    assert found.rows == 12 and found.new_tokens == 36 * 64
+    assert (found.seconds, found.memory_gib, found.basis) == (230.4, 0.5, "a measurement")
+
+
+def test_after_the_run_it_is_up_to_date(make: Maker) -> None:
+    run = make(ScriptedEngine(usual))
+    run_stage(run, "revise")
+    (found,) = planned(run)
+    assert (found.reasons, found.waves) == ([], [])
+    (forced,) = planned(run, first="revise")
+    assert forced.reasons == ["--from"] and [len(wave.missing) for wave in forced.waves] == [0, 0, 0]
+
+
+def test_rewording_one_principle_changes_exactly_the_chains_that_drew_it(make: Maker, tmp_path: Path) -> None:
+    run_stage(make(ScriptedEngine(usual)), "revise")
+    whole = load(tmp_path / "constitution.yaml")
+    drawn = {row["id"]: draw(whole, seed=0, prompt_id=row["id"], step=0, tag=HARM).id for row in HOUSES}
+    lawful = sorted(identifier for identifier, principle in drawn.items() if principle == "lawful")
+    assert 0 < len(lawful) < 12
+    engine = ScriptedEngine(usual)
+    run = make(engine, constitution=NO_TESTS.replace("The answer keeps the law.", "The answer keeps every law."))
+    (found,) = planned(run)
+    assert found.reasons == ["input `constitution` changed"]
+    assert [(wave.asked, len(wave.missing)) for wave in found.waves] == [(12, 0), (12, len(lawful)), (12, len(lawful))]
+    assert missing(found) == sorted(f"{one}/{part}-0" for one in lawful for part in ("critique", "revise"))
+    assert found.rows == len(lawful)
+    assert engine.calls == []
+    run_stage(run, "revise")  # what was planned is what is asked
+    assert sorted(engine.ids()) == missing(found)
+
+
+def test_a_reworded_critique_that_comes_out_as_before_still_counts_what_builds_on_it(make: Maker) -> None:
+    run_stage(make(ScriptedEngine(usual), prompts=PROMPTS[:1]), "revise")
+    edited = NO_TESTS.replace("Who is hurt?", "Who is harmed?").replace("keeps the law", "keeps all laws")
+    (found,) = planned(make(ScriptedEngine(usual), prompts=PROMPTS[:1], constitution=edited))
+    assert missing(found) == ["h1/critique-0", "h1/revise-0"]
+
+
+def test_a_new_title_runs_the_stage_not_at_all_and_new_sampling_asks_everything(make: Maker) -> None:
+    run_stage(make(ScriptedEngine(usual)), "revise")
+    (same,) = planned(make(ScriptedEngine(usual), constitution=NO_TESTS.replace("Nobody is hurt", "No harm")))
+    assert same.reasons == []
+    sampling = {**WITHOUT_SHOTS, "sampling": {"temperature": 0.1}}
+    (all_,) = planned(make(ScriptedEngine(usual), revise=sampling))
+    assert all_.reasons == ["input `recipe.revise` changed"] and len(all_.missing) == 36
+
+
+def test_votes_that_used_a_reworded_principle_are_asked_again_and_no_others(make: Maker) -> None:
+    def answers(question: Any) -> Answer:
+        return Answer(f"Answer {question.sample} to {question.item_id}, in so many words.", tokens=9)
+
+    settings = {"stages": ["label"], "label": {"few_shot": 0, "allow_weak_judge": True, "self_test_rows": 0}}
+    first = ScriptedEngine(answers, prefers("Answer 0 to", 2.0))
+    run_stage(make(first, **settings), "label")
+    used = {row["provenance"]["prompt_id"]: row["provenance"]["principle"] for row in comparisons(make(**settings))}
+    lawful = sorted(identifier for identifier, principle in used.items() if principle == "lawful")
+    assert 0 < len(lawful) < 12
+    edited = NO_TESTS.replace("The answer keeps the law.", "The answer keeps every law.")
+    (found,) = planned(make(ScriptedEngine(answers), constitution=edited, **settings))
+    assert missing(found) == sorted(f"{one}/{order}" for one in lawful for order in ("given", "swapped"))
+    assert found.rows == len(lawful)
+
+
+def comparisons(run: Run) -> list[dict[str, Any]]:
+    lines = (run.folder / "3-label" / "comparisons.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def test_what_depends_on_an_adapter_that_would_be_trained_is_to_be_asked(make: Maker) -> None:
+    settings = {
+        "prompts": [*HOUSES, {"id": "e1", "prompt": "How do I rob a bank?", "tag": HARM, "split": "eval"}],
+        "stages": ["revise", "sft", "evaluate"],
+        "sft": {"max_steps": 4},
+    }
+    run_stage(make(ScriptedEngine(usual), **settings), "revise")
+    roles = {"base": ScriptedEngine(usual), "sft": ScriptedEngine(usual, identity="tuned")}
+    revised, tuned, measured = planned(make(roles, **settings))
+    assert (revised.reasons, tuned.reasons, tuned.steps) == ([], ["no manifest"], 4)
+    assert tuned.read_tokens > 0 and tuned.seconds == pytest.approx(tuned.read_tokens * 3 / 100.0, abs=0.1)
+    assert [(wave.title, wave.asked, len(wave.missing)) for wave in measured.waves] == [
+        ("responses of base", 1, 1),
+        ("responses of sft", 1, 1),
+        ("judge: sft against base", 2, 2),
+    ]
+
+
+def test_a_plan_writes_nothing_and_runs_nothing(make: Maker) -> None:
+    engine = ScriptedEngine(usual)
+    run = make(engine)
+    run_stage(run, "revise")
+    engine.calls.clear()
+    before = {path: path.stat().st_mtime_ns for path in run.folder.rglob("*")}
+    planned(run, first="revise")
+    assert {path: path.stat().st_mtime_ns for path in run.folder.rglob("*")} == before and engine.calls == []
+    assert run.journal.stand_in is None
+
+
+def test_a_plan_of_a_run_that_was_never_begun_leaves_no_folder(make: Maker, tmp_path: Path) -> None:
+    run = make(ScriptedEngine(usual), output=str(tmp_path / "never"))
+    planned(run)
+    assert not (tmp_path / "never").exists()
+
+
+def test_speed_and_length_come_from_earlier_answers_where_there_are_any(make: Maker) -> None:
+    run = make(ScriptedEngine(usual))
+    run_stage(run, "revise")
+    units = list(run.journal.known("revise").values())
+    assert all(unit.seconds > 0 for unit in units)
+    speed = sum(unit.tokens for unit in units) / sum(unit.seconds for unit in units)
+    (found,) = planned(make(ScriptedEngine(usual), seed=1))
+    words = {"response": 15, "critique-0": 6, "revise-0": 16}  # of the scripted answers
+    assert found.new_tokens == 12 * sum(words.values())
+    assert found.basis == "the speed of earlier answers" and found.seconds == pytest.approx(found.new_tokens / speed)
+
+
+def test_what_would_stop_the_run_is_told(make: Maker) -> None:
+    run = make(ScriptedEngine(usual))
+    run_stage(run, "revise")
+    (_, label) = planned(make(ScriptedEngine(usual), stages=["revise", "label"], label={"method": "revision"}))
+    assert label.note == ""
+    with pytest.raises(ConfigError, match="has no stage `ppo`"):
+        planned(run, last="ppo")
+
+
+def test_a_plan_is_written_in_words(make: Maker) -> None:
+    run_stage(make(ScriptedEngine(usual)), "revise")
+    lines = list(as_lines(planned(make(ScriptedEngine(usual)))))
+    assert lines == ["1. revise: up to date", "estimate for all: about 0 s"]
+    plan = StagePlan("sft", ["no manifest"], [], 4, 0, 1200, 36.0, 1.25, "a measurement")
+    assert list(as_lines([plan])) == [
+        "1. sft: would run (no manifest)",
+        "     estimate: 4 steps, 1200 tokens read, 0 written, about 36 s, about 1.2 GiB (from a measurement)",
+        "estimate for all: about 36 s",
+    ]
+
+
+def test_the_command_prints_the_plan_or_json_and_makes_no_report(make: Maker, tmp_path: Path) -> None:
+    make(ScriptedEngine(usual))
+    told = CliRunner().invoke(app, ["run", str(tmp_path / "recipe.yaml"), "--plan"])
+    assert told.exit_code == 0 and told.stdout.startswith("1. revise: would run (no manifest)\n")
+    assert "together: 0 in the journal, 36 to ask for (12 prompts or pairs)" in told.stdout
+    (row,) = json.loads(CliRunner().invoke(app, ["run", str(tmp_path / "recipe.yaml"), "--plan", "--json"]).stdout)
+    assert row["stage"] == "revise" and len(row["waves"][0]["missing"]) == 12
+    assert not (tmp_path / "run" / "report.html").exists()
+    wrong = CliRunner().invoke(app, ["run", str(tmp_path / "recipe.yaml"), "--json"])
+    assert isinstance(wrong.exception, ConfigError)
