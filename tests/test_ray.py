@@ -331,12 +331,13 @@ class FakeRay:
 
 
 @pytest.fixture
-def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     def install(ray: FakeRay) -> FakeRay:
         for name in ("ray", "ray.data"):
             monkeypatch.setitem(sys.modules, name, ray)
         return ray
 
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     monkeypatch.setenv("RAY_BACKEND_LOG_LEVEL", "fatal")
     levels = {name: logging.getLogger(name).level for name in ("ray", "ray.data")}

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -157,7 +158,10 @@ def test_a_driver_that_was_killed_asks_only_what_was_under_way(tiny_model, tmp_p
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
     def start(how):
-        return subprocess.run([*command, how], capture_output=True, text=True, env=environment, timeout=300)
+        # Short, because Ray's sockets are in it; a driver that is killed leaves its cluster's folder there.
+        with tempfile.TemporaryDirectory(prefix="r-", ignore_cleanup_errors=True) as folder:
+            here = environment | {"TMPDIR": folder}
+            return subprocess.run([*command, how], capture_output=True, text=True, env=here, timeout=300)
 
     done = start("dies")
     assert done.returncode == -signal.SIGKILL, done.stderr
