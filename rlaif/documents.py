@@ -318,7 +318,10 @@ def _scalar(node: Node, document: Document, error: type[RlaifError]) -> Any:
         return node.value.lower() == "true"
     try:
         if kind == "int":
-            return int(_NUMBERS.construct_yaml_int(node))
+            number = int(_NUMBERS.construct_yaml_int(node))
+            if number.bit_length() > 63:  # written out in decimal, Python refuses to print it
+                raise ValueError
+            return number
         if kind == "float":
             return float(_NUMBERS.construct_yaml_float(node))
     except ValueError:

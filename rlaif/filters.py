@@ -218,7 +218,7 @@ _CRITIC = _rules(
         |answer|reply))\b""",
     r"""\b(the (?:answer|reply) above|(?:revis|rewr[io]t|chang|improv|modif)\w* (?:the|my|this) (?:response
         |answer|reply)|(?:the|this) revised (?:response|answer|version) (?:is|avoids|no|now|does))\b""",
-    r"^[\W_]*((?:critique|revision)(?: request)?)\s*:",
+    r"^(?:[^\w\n]|_)*((?:critique|revision)(?: request)?)\s*:",
 )
 (_ROLE_MARKER,) = _rules(
     r"""^[ \t*_\#>\[]*(?:user|assistant|human|system)[\s*_\]]*:|<\||\[/?INST\]|<(?:start|end)_of_turn>

@@ -3,6 +3,9 @@
 A template file starts with a comment that declares its variables, for example ``{# variables: prompt, response #}``.
 What is declared must be exactly what is used, so a misspelt name is found when the file is loaded and not when the
 ten-thousandth row is rendered. Templates are files, never data: a prompt or an answer is only ever a value.
+
+A prompt template shows values, with conditions and a few filters, and nothing that repeats: so what it costs to render
+is bounded by its own length and that of its values, whoever wrote it.
 """
 
 import hashlib
@@ -13,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from jinja2 import meta
+from jinja2 import meta, nodes
 from jinja2.exceptions import SecurityError
-from jinja2.runtime import Context
+from jinja2.filters import FILTERS
+from jinja2.runtime import Context, Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from rlaif.documents import read_text, shipped
@@ -24,18 +28,32 @@ from rlaif.errors import PromptError
 MAX_TEMPLATE_CHARACTERS = 20_000
 MAX_RENDERED_CHARACTERS = 400_000
 # What an expression of a template can run into; the sandbox lets Python's own errors through.
-_FAILURES = (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, RecursionError, MemoryError)
+_FAILURES = (
+    *(jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError),
+    *(AttributeError, RecursionError, MemoryError),
+)
+_FILTERS = ("capitalize", "default", "first", "last", "length", "lower", "string", "title", "trim", "truncate", "upper")
+_ALLOWED = (
+    *(nodes.Template, nodes.Output, nodes.TemplateData, nodes.Name, nodes.Const, nodes.If, nodes.CondExpr),
+    *(nodes.Compare, nodes.Operand, nodes.And, nodes.Or, nodes.Not, nodes.Test, nodes.Filter, nodes.Keyword),
+    *(nodes.Getattr, nodes.Getitem, nodes.Slice),
+)
 _DECLARATION = re.compile(r"\A\{#-?\s*variables:\s*([\w, ]*?)\s*-?#\}\n?")
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):
-    """A sandbox without the operators that make huge values of small ones."""
+    """A sandbox without the operators and calls that make huge values of small ones."""
 
     intercepted_binops = frozenset({"*", "**", "%"})
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         """Refuse the operator."""
         raise SecurityError(f"the operator `{operator}` is not allowed in a template")
+
+    def is_safe_callable(self, obj: Any) -> bool:
+        """Allow a template's own macros and a look at a dict, and no other call."""
+        looks = isinstance(getattr(obj, "__self__", None), dict) and obj.__name__ in ("items", "keys", "values")
+        return isinstance(obj, Macro) or looks
 
 
 def sandbox(*, autoescape: bool = False) -> ImmutableSandboxedEnvironment:
@@ -48,6 +66,7 @@ def sandbox(*, autoescape: bool = False) -> ImmutableSandboxedEnvironment:
         undefined=jinja2.StrictUndefined, autoescape=autoescape, keep_trailing_newline=False, trim_blocks=True
     )
     environment.globals.clear()
+    environment.filters = {name: FILTERS[name] for name in _FILTERS}
     return environment
 
 
@@ -88,15 +107,25 @@ class Template:
                 f"missing: {', '.join(missing) or 'none'}; not declared: {', '.join(unknown) or 'none'}."
             )
         try:
-            text = self._compiled.render(**values)
+            text = self._written(values)
         except _FAILURES as problem:
             said = str(problem).rstrip(".") or type(problem).__name__
             raise PromptError(f"{self.path}: cannot be rendered: {said}.") from None
         if len(text) > MAX_RENDERED_CHARACTERS:
             raise PromptError(
-                f"{self.path}: rendered to {len(text)} characters; at most {MAX_RENDERED_CHARACTERS} are allowed."
+                f"{self.path}: rendered to more than {MAX_RENDERED_CHARACTERS} characters, the most allowed."
             )
         return text
+
+    def _written(self, values: dict[str, str]) -> str:
+        """Render piece by piece, and stop where it is too long."""
+        parts, size = [], 0
+        for part in self._compiled.generate(**values):
+            parts.append(part)
+            size += len(part)
+            if size > MAX_RENDERED_CHARACTERS:
+                break
+        return "".join(parts)
 
 
 def load_template(name: str, folder: Path | None = None) -> Template:
@@ -117,7 +146,9 @@ def load_template(name: str, folder: Path | None = None) -> Template:
     source = text[declaration.end() :].rstrip("\n")
     template = Template(path, source, declared)
     try:
-        used = meta.find_undeclared_variables(sandbox().parse(source))
+        tree = sandbox().parse(source)
+        used = meta.find_undeclared_variables(tree)
+        _refuse_what_repeats(tree, path, text.count("\n", 0, declaration.end()))
         _ = template._compiled  # finds what parsing does not, such as an unknown filter
     except jinja2.TemplateSyntaxError as problem:
         line = (problem.lineno or 1) + text.count("\n", 0, declaration.end())
@@ -131,3 +162,18 @@ def load_template(name: str, folder: Path | None = None) -> Template:
             f"{', '.join(undeclared) or 'none'}; declared but not used: {', '.join(unused) or 'none'}."
         )
     return template
+
+
+def _refuse_what_repeats(tree: nodes.Node, path: Path, above: int) -> None:
+    """Refuse loops, calls, assignments, imports and arithmetic: a prompt needs none, and each can run without end.
+
+    Raises:
+        PromptError: what was found, with its line.
+    """
+    for node in tree.find_all(nodes.Node):
+        if not isinstance(node, _ALLOWED):
+            found = type(node).__name__.lower()
+            raise PromptError(
+                f"{path}:{node.lineno + above}: `{found}` is not allowed in a prompt template; values, conditions and "
+                f"these filters are: {', '.join(_FILTERS)}. Write it without."
+            )

@@ -19,13 +19,14 @@ _TEXT = r"(?:answer|response|reply|option|completion|text|one|candidate|choice)"
 _JUDGE = r"(?:judges?|graders?|evaluators?|raters?|annotators?|reviewers?|labell?ers?|scorers?|(?:ai|reward) model)"
 _WINS = r"(?:better|best|winner|winning|preferred|correct|superior|right)"
 _FLAGS = re.IGNORECASE | re.MULTILINE | re.VERBOSE
+# What may begin a line holds no line break: else a run of n line breaks takes n * n steps.
 _RULES: dict[Kind, re.Pattern[str]] = {
     "instruction to the judge": re.compile(
         rf"""(?:note|message|instructions?|attention|memo|hint|request|reminder)\W{{1,3}}?
             (?:to|for)\ (?:the\ |any\ |all\ |our\ )?(?:\w+\ )?{_JUDGE}\b
         |\battention,?\ {_JUDGE}\b
         |\b(?:dear|hey|hello|hi|as\ an?|you\ are\ an?|if\ you\ are\ an?)\ (?:\w+\ )?{_JUDGE}\b
-        |^\W*{_JUDGE}\W{{0,2}}[:,]
+        |^[^\w\n]*{_JUDGE}\W{{0,2}}[:,]
         |\b(?:choose|pick|select|prefer|favou?r|reward|vote\ for|mark|rank|rate|score|grade)\ (?:only\ )?
             (?:this|my|the)\ (?:\w+\ )?(?:answer|response|reply|completion|text)\b[^.!?\n]{{0,40}}
             \b(?:line|sentence|this|above|below|best|first|highest|higher|top|better|over|10|ten|full)\b
@@ -39,8 +40,8 @@ _RULES: dict[Kind, re.Pattern[str]] = {
         _FLAGS,
     ),
     "verdict look-alike": re.compile(
-        rf"""^[\W_]*(?:(?:the\ )?(?:final|correct|better|best|preferred)\ )?(?:answer|verdict|winner|choice|preference
-            |preferred\ {_TEXT}|judge?ment|decision|{_TEXT})\W{{0,3}}[:=]\W{{0,4}}(?:{_TEXT}\ )?[AB12]\b
+        rf"""^(?:[^\w\n]|_)*(?:(?:the\ )?(?:final|correct|better|best|preferred)\ )?(?:answer|verdict|winner|choice
+            |preference|preferred\ {_TEXT}|judge?ment|decision|{_TEXT})\W{{0,3}}[:=]\W{{0,4}}(?:{_TEXT}\ )?[AB12]\b
             \W{{0,3}}(?:$|\n|[.;,])
         |\bverdict[\s*_]*:
         |\b(?:the\ )?{_WINS}\ {_TEXT}\ (?:is|was|must\ be|here\ is)\W{{1,4}}(?:clearly\ |obviously\ )?

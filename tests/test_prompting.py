@@ -132,14 +132,19 @@ def test_the_escape_that_the_sandbox_refuses_works_outside_of_it(tmp_path: Path)
 
 @pytest.mark.parametrize("body", ESCAPES)
 def test_the_sandbox_refuses(body: str, tmp_path: Path) -> None:
-    with pytest.raises(PromptError, match=r"t\.jinja: cannot be rendered: .*[^.]\.$"):
+    said = r"t\.jinja: cannot be rendered: .*[^.]\.$|t\.jinja:2: (.* Write it without|.*No filter named 'attr'\.)"
+    with pytest.raises(PromptError, match=said):
         written(tmp_path, "{# variables: p #}\n" + body).render(p="touch canary")
+    with pytest.raises((jinja2.TemplateError, TypeError)):
+        sandbox().from_string(body).render(p="touch canary")
 
 
 @pytest.mark.parametrize("body", ["{{ p * 10000000000 }}", "{{ 9**9**9 ~ p }}", "{{ '%9999999999d' % 1 ~ p }}"])
 def test_operators_that_make_much_of_little_are_refused(body: str, tmp_path: Path) -> None:
-    with pytest.raises(PromptError, match=r"cannot be rendered: the operator `\*{0,2}%?` is not allowed"):
-        written(tmp_path, "{# variables: p #}\n" + body).render(p="x")
+    with pytest.raises(PromptError, match=r"t\.jinja:2: `(mul|pow|concat|mod)` is not allowed in a prompt template"):
+        written(tmp_path, "{# variables: p #}\n" + body)
+    with pytest.raises(SecurityError, match=r"the operator `\*{0,2}%?` is not allowed"):
+        sandbox().from_string(body).render(p="x")
 
 
 def test_a_template_cannot_change_what_it_is_given() -> None:
@@ -155,7 +160,7 @@ def test_an_escaping_environment_escapes_and_the_usual_one_does_not() -> None:
 
 
 def test_wrong_python_in_a_template_is_a_prompt_error(tmp_path: Path) -> None:
-    for body in ("{{ p + 1 }}", "{{ (1 // 0) ~ p }}", "{{ p.nothing.more }}"):
+    for body in ("{{ p.nothing.more }}", "{{ p < 1 }}", "{{ p[1:2:'a'] }}", "{{ p|truncate(p) }}"):
         with pytest.raises(PromptError, match="cannot be rendered"):
             written(tmp_path, "{# variables: p #}" + body).render(p="x")
 
@@ -177,12 +182,12 @@ def test_missing_and_unknown_values_are_both_named(tmp_path: Path) -> None:
         ("{# variables: p #}\n{{ q }}", "t.jinja:1: declares p; used but not declared: q; declared but not used: p."),
         ("{# variables: #}\n{{ q }}", "t.jinja:1: declares nothing; used but not declared: q;"),
         ("{# variables: p, q #}\n{{ p }}", "used but not declared: none; declared but not used: q."),
-        ("{# variables: p #}\n{{ p }}{% for i in range(9) %}{% endfor %}", "used but not declared: range;"),
+        ("{# variables: p #}\n{{ p }}{% if range %}{% endif %}", "used but not declared: range;"),
         ("{# variables: p #}\n\n{{ p", "t.jinja:3: not a Jinja template: unexpected end of template"),
         ("{# variables: p #}{{ p }", "t.jinja:1: not a Jinja template: unexpected '}'."),
         ("{# variables: p #}\n\n{{ p|nosuch }}", "t.jinja:3: not a Jinja template: No filter named 'nosuch'."),
         ("{# variables: p #}\n" + "{{" + "(" * 5000 + "p" + ")" * 5000 + "}}", "stand inside each other too deep"),
-        ("{# variables: p #}\n" + "{% for a in p %}" * 30 + "{% endfor %}" * 30, "stand inside each other too deep"),
+        ("{# variables: p #}\n" + "{% if p %}" * 300 + "{% endif %}" * 300, "stand inside each other too deep"),
         ("{# variables: p #}\n{{ p }}" + "x" * 20_000, "20026 characters; a template may have 20000."),
     ],
 )
@@ -200,7 +205,7 @@ def test_a_template_that_does_not_exist_is_named(tmp_path: Path) -> None:
 def test_a_text_of_more_than_four_hundred_thousand_characters_is_refused(tmp_path: Path) -> None:
     template = written(tmp_path, "{# variables: p #}\n>{{ p }}")
     assert len(template.render(p="x" * 399_999)) == 400_000
-    with pytest.raises(PromptError, match="rendered to 400001 characters; at most 400000 are allowed"):
+    with pytest.raises(PromptError, match="rendered to more than 400000 characters, the most allowed"):
         template.render(p="x" * 400_000)
 
 

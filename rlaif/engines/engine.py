@@ -8,9 +8,12 @@ the sampling settings and the seed. An answer is committed to the journal before
 import time
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from rlaif.documents import fingerprint
+from rlaif.errors import JournalError
 from rlaif.journal import Journal, Unit
 from rlaif.progress import Progress
 from rlaif.records import Messages
@@ -38,6 +41,8 @@ class Answer:
     method ``verdict`` the log-probabilities were not measured: they stand for a letter that was read in a short text.
     """
 
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
     text: str = ""
     ended: bool = True
     logprobs: tuple[float, ...] = ()
@@ -46,6 +51,7 @@ class Answer:
     method: Literal["logprobs", "verdict"] = "logprobs"
 
 
+_ANSWER = TypeAdapter(Answer)
 Answered = list[tuple[Question, Answer]]
 
 
@@ -88,7 +94,7 @@ def ask(
         engine = journal.stand_in(stage, title, engine, questions)
     known = journal.known(stage)
     keys = {id(q): (q.item_id, q.sample, request_hash(engine.identity, q)) for q in questions}
-    found = {id(q): _from_json(known[keys[id(q)]].result) for q in questions if keys[id(q)] in known}
+    found = {id(q): _stored(journal, known[keys[id(q)]]) for q in questions if keys[id(q)] in known}
     missing = len(questions) - len(found)
     if found:
         progress.say(f"  {title}: {len(found)} of {len(questions)} taken from the journal")
@@ -120,5 +126,14 @@ def _to_json(answer: Answer) -> dict[str, Any]:
     return {**asdict(answer), "logprobs": list(answer.logprobs)}
 
 
-def _from_json(stored: dict[str, Any]) -> Answer:
-    return Answer(**{**stored, "logprobs": tuple(stored["logprobs"])})
+def _stored(journal: Journal, unit: Unit) -> Answer:
+    """Return the answer that a unit holds; its checksum was right, but another release may have written it."""
+    try:
+        return _ANSWER.validate_python(unit.result)
+    except ValidationError as problem:
+        first = problem.errors(include_url=False)[0]
+        raise JournalError(
+            f"{journal.path}: the answer {unit.stage}/{unit.item_id!r}/{unit.sample} has another form than this "
+            f"release writes ({'.'.join(map(str, first['loc']))}: {first['msg'].lower()}). Continue with the "
+            "release that began the run, or start a new one. The journal was left as it is."
+        ) from None

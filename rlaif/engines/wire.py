@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import quote
 
 import httpx2
 
@@ -78,6 +79,9 @@ class Wire:
     ):
         self._name, self._key, self._key_env = name, key, key_env
         self._timeout, self._max_bytes = timeout_seconds, max_bytes
+        self._secrets: list[str] = []
+        if key and len(key) >= _SHORTEST_SECRET:
+            self._secrets = list(dict.fromkeys([key, json.dumps(key)[1:-1], quote(key, safe="")]))
         limits = httpx2.Limits(max_connections=connections, max_keepalive_connections=connections)
         # What this machine serves to itself does not go through a proxy.
         self._clients = {
@@ -100,9 +104,20 @@ class Wire:
             await client.aclose()
 
     def clean(self, text: str) -> str:
-        """Take the key out of a text."""
-        secret = self._key and len(self._key) >= _SHORTEST_SECRET
-        return text.replace(str(self._key), "[key removed]") if secret else text
+        """Take the key out of a text, also where it stands there as JSON or an address would write it."""
+        for spelling in self._secrets:
+            text = text.replace(spelling, "[key removed]")
+        return text
+
+    def _without_key(self, value: Any) -> Any:
+        """Take the key out of every text of a JSON value."""
+        if isinstance(value, str):
+            return self.clean(value)
+        if isinstance(value, list):
+            return [self._without_key(item) for item in value]
+        if isinstance(value, dict):
+            return {self.clean(name): self._without_key(item) for name, item in value.items()}
+        return value
 
     async def post(self, place: Place, body: dict[str, Any]) -> dict[str, Any]:
         """Ask for a chat completion and return the server's JSON.
@@ -130,7 +145,8 @@ class Wire:
             words = " ".join(self.clean(str(problem)).split())[:200]
             raise Trouble(f"{kind}: {words}" if words else kind) from None
         self._check(place, response, data)
-        return parse(data)
+        reply: dict[str, Any] = self._without_key(parse(data)) if self._secrets else parse(data)
+        return reply
 
     async def _read(self, response: httpx2.Response) -> bytes:
         data = bytearray()

@@ -14,6 +14,12 @@ from jinja2 import TemplateError
 from rlaif.errors import ModelError
 from rlaif.records import Messages
 
+# What an expression of a chat template can run into; its sandbox lets Python's own errors through.
+_FAILURES = (
+    *(TemplateError, TypeError, ValueError, ArithmeticError, LookupError),
+    *(AttributeError, RecursionError, MemoryError),
+)
+_MAX_AROUND = 100_000  # characters that a template may write beside what it is given
 _OPEN, _CLOSE = "\ue0f0", "\ue0f1"  # private-use characters: they mark where data stands in a rendered template
 
 
@@ -43,13 +49,14 @@ class ChatTokenizer:
         self.raw = tokenizer
         self.name = name
         self._careful = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
+        self._controls = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
+        self._structures: dict[tuple[str, ...], list[int]] = {}
         probe = self._render([{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}], False, True)
         if probe.count(_OPEN) != 2:
             raise ModelError(f"model `{name}`: its chat template does not show both turns of a short conversation.")
         self._inert = self._inert_tokenizer(probe, eos_ids)
         tail = self._template_ids(probe.rsplit(_CLOSE, 1)[1])
-        special_ids = set(tokenizer.all_special_ids) | set(tokenizer.get_added_vocab().values())
-        endings = [token for token in tail if token in special_ids]
+        endings = [token for token in tail if token in self._controls]
         if not endings and tokenizer.eos_token_id is None:
             raise ModelError(f"model `{name}`: no token ends a turn; an end-of-sequence token is needed.")
         self.end_of_turn: int = endings[0] if endings else tokenizer.eos_token_id
@@ -93,10 +100,28 @@ class ChatTokenizer:
         return self.end_of_turn
 
     def prompt(self, messages: Messages) -> list[int]:
-        """Encode a conversation up to where the assistant's answer begins."""
-        marked = any(text in turn["content"] for turn in messages for text in self._careful)
-        rendered = self._render(messages, True, marked)
-        return self._encode(rendered, messages) if marked else self._template_ids(rendered)
+        """Encode a conversation up to where the assistant's answer begins.
+
+        Where no turn holds the text of a control token, the rendered template is encoded as a whole. Data may yet
+        become such a text on the way, through a tokenizer that folds wide letters into plain ones or a template that
+        cuts words out; then there are other control tokens than the template writes, and each turn is
+        encoded by itself.
+        """
+        if not any(text in turn["content"] for turn in messages for text in self._careful):
+            ids = self._template_ids(self._render(messages, True, False))
+            if [token for token in ids if token in self._controls] == self._structure(messages):
+                return ids
+        return self._encode(self._render(messages, True, True), messages)
+
+    def _structure(self, messages: Messages) -> list[int]:
+        """Return the control tokens that the template itself writes for turns of these roles, in their order."""
+        roles = tuple(turn["role"] for turn in messages)
+        if roles not in self._structures:
+            pieces = self._render(messages, True, True).split(_OPEN)
+            own = [pieces[0], *(piece.partition(_CLOSE)[2] for piece in pieces[1:])]
+            ids = [token for piece in own for token in self._template_ids(piece)]
+            self._structures[roles] = [token for token in ids if token in self._controls]
+        return self._structures[roles]
 
     def response(self, text: str, *, ended: bool = True) -> list[int]:
         """Encode an assistant's answer; with `ended`, closed by the token that ends a turn."""
@@ -139,12 +164,18 @@ class ChatTokenizer:
             ]
         try:
             text = self.raw.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt)
-        except TemplateError as problem:
+        except _FAILURES as problem:
             roles = ", ".join(str(turn["role"]) for turn in messages)
             raise ModelError(
-                f"model `{self.name}`: its chat template fails on a conversation of the turns {roles}: {problem}. "
+                f"model `{self.name}`: its chat template fails on a conversation of the turns {roles}: "
+                f"{str(problem)[:200].rstrip('.') or type(problem).__name__}. "
                 "Give the model's folder a template that can show it."
             ) from None
+        if len(text) > _MAX_AROUND + 4 * sum(len(turn["content"]) for turn in messages):
+            raise ModelError(
+                f"model `{self.name}`: its chat template makes {len(text)} characters of a short conversation. "
+                "Give the model's folder a template that shows each turn once."
+            )
         return str(text)
 
     def _encode(self, rendered: str, messages: Messages) -> list[int]:

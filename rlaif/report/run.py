@@ -56,6 +56,7 @@ def render(run: Run) -> str:
     """Return the page. No text of the run becomes markup, and its control characters are made visible."""
     environment = sandbox(autoescape=True)
     environment.filters.update(
+        join=lambda parts, by: by.join(parts),
         count=wording.count,
         counts=wording.counts,
         duration=wording.duration,

@@ -26,7 +26,7 @@ from rlaif.stages.run import Run
 
 NAME = "revise"
 # The number that opens a line of a list is matched as well, so that its full stop ends no sentence.
-_SENTENCE_END = re.compile(r"""^\s*\d+[.)](?=\s|$)|(?P<end>[.!?]["'”’)\]*]*)(?=\s|$)""", re.MULTILINE)
+_SENTENCE_END = re.compile(r"""^[^\S\n]*\d+[.)](?=\s|$)|(?P<end>[.!?]["'”’)\]*]*)(?=\s|$)""", re.MULTILINE)
 
 
 def inputs(run: Run) -> dict[str, str]:
