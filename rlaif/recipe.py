@@ -125,6 +125,7 @@ class SftSection(TrainingSection):
 class RewardSection(TrainingSection):
     """The reward model: a LoRA adapter and an fp32 scalar head on the shared base."""
 
+    start_from: Literal["sft", "base"] = Field("sft", description="weights that the adapter starts with")
     center_rewards_coefficient: NonNegative = 0.01
     heldout_fraction: Fraction = Field(0.2, description="share of prompts kept for evaluation, drawn per tag")
     min_heldout_accuracy: Fraction = Field(0.6, description="for every tag; below it `ppo` does not start")
