@@ -6,6 +6,7 @@ control tokens in a sequence are those that the template itself wrote.
 """
 
 import copy
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ _FAILURES = (
 )
 _MAX_AROUND = 100_000  # characters that a template may write beside what it is given
 _OPEN, _CLOSE = "\ue0f0", "\ue0f1"  # private-use characters: they mark where data stands in a rendered template
+_MARK = re.compile(f"{_OPEN}([0-9]+){_CLOSE}")
 
 
 class ChatTokenizer:
@@ -52,7 +54,7 @@ class ChatTokenizer:
         self._controls = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
         self._structures: dict[tuple[str, ...], list[int]] = {}
         probe = self._render([{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}], False, True)
-        if probe.count(_OPEN) != 2:
+        if [int(turn) for turn in _MARK.findall(probe)] != [0, 1] or probe.count(_OPEN) != 2:
             raise ModelError(f"model `{name}`: its chat template does not show both turns of a short conversation.")
         self._inert = self._inert_tokenizer(probe, eos_ids)
         tail = self._template_ids(probe.rsplit(_CLOSE, 1)[1])
@@ -117,8 +119,7 @@ class ChatTokenizer:
         """Return the control tokens that the template itself writes for turns of these roles, in their order."""
         roles = tuple(turn["role"] for turn in messages)
         if roles not in self._structures:
-            pieces = self._render(messages, True, True).split(_OPEN)
-            own = [pieces[0], *(piece.partition(_CLOSE)[2] for piece in pieces[1:])]
+            own = _MARK.split(self._render(messages, True, True))[::2]
             ids = [token for piece in own for token in self._template_ids(piece)]
             self._structures[roles] = [token for token in ids if token in self._controls]
         return self._structures[roles]
@@ -181,11 +182,8 @@ class ChatTokenizer:
     def _encode(self, rendered: str, messages: Messages) -> list[int]:
         """Encode a rendered template that marks where data stands, and put the data's own ids there."""
         ids: list[int] = []
-        for index, piece in enumerate(rendered.split(_OPEN)):
-            if index:
-                turn, piece = piece.split(_CLOSE, 1)
-                ids += self._data_ids(messages[int(turn)]["content"])
-            ids += self._template_ids(piece)
+        for place, piece in enumerate(_MARK.split(rendered)):  # the template's own text and numbers of turns in turn
+            ids += self._data_ids(messages[int(piece)]["content"]) if place % 2 else self._template_ids(piece)
         return ids
 
     def _template_ids(self, text: str) -> list[int]:
