@@ -318,8 +318,7 @@ def _scalar(node: Node, document: Document, error: type[RlaifError]) -> Any:
         return node.value.lower() == "true"
     try:
         if kind == "int":
-            number = int(_NUMBERS.construct_yaml_int(node))
-            if number.bit_length() > 63:  # written out in decimal, Python refuses to print it
+            if (number := int(_NUMBERS.construct_yaml_int(node))).bit_length() > 63:  # Python refuses to print it
                 raise ValueError
             return number
         if kind == "float":
@@ -333,8 +332,7 @@ def _text(node: Node, document: Document, error: type[RlaifError]) -> str:
     try:
         return str(node.value).encode().decode()
     except UnicodeEncodeError:
-        message = "half of a `\\u` pair, which is no character. Write the character itself."
-        raise error(_at(node, document, message)) from None
+        raise error(_at(node, document, "half of a `\\u` pair is no character. Write the character itself.")) from None
 
 
 def _at(node: Node, document: Document, message: str) -> Problem:
@@ -348,5 +346,5 @@ def _mark(node: Node) -> tuple[int, int]:
 def _syntax_problem(path: Path, problem: MarkedYAMLError) -> Problem:
     mark = problem.problem_mark or problem.context_mark
     line, column = (mark.line + 1, mark.column + 1) if mark else (None, None)
-    message = f"not readable as YAML: {problem.problem or problem.context}. Check indentation, quotes and colons."
-    return Problem(str(path), line, column, "not-yaml", message)
+    found = f"not readable as YAML: {problem.problem or problem.context}"
+    return Problem(str(path), line, column, "not-yaml", f"{found}. Check indentation, quotes and colons.")

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from rlaif.errors import ConfigError
 
 BASE = "base"  # the name of the recipe's own model, where a recipe says who answers
+RAY = "ray"  # the same model in workers of a Ray cluster
 _NAME = re.compile(r"[A-Z_][A-Z0-9_]*")
 _OURS = {
     *("max_completion_tokens", "max_tokens", "messages", "model", "n", "seed", "stop", "stream"),

@@ -8,7 +8,7 @@
     ├── PromptError           a prompt template
     ├── DataError             a file of prompts, demonstrations or comparisons
     ├── ModelError            a model, its tokenizer or an adapter folder
-    ├── EngineError           a server that was to answer: not there, or refusing every question
+    ├── EngineError           a server or cluster that was to answer: not there, refusing every question, or failing
     ├── RoleError             a model role used outside `SharedBase.acting_as`, or unknown
     ├── JournalError          a run folder: locked, damaged, or written by another version
     ├── StageError            a stage that must not go on: a judge or a reward model below its floor
@@ -49,7 +49,7 @@ class ModelError(RlaifError):
 
 
 class EngineError(RlaifError):
-    """A server that was to answer cannot be reached, refuses every question, or lacks what is needed."""
+    """A server or a cluster that was to answer cannot be reached, refuses every question, or lacks what is needed."""
 
 
 class RoleError(RlaifError):

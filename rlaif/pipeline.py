@@ -135,7 +135,10 @@ def run_stage(run: Run, stage: str) -> None:
     _prepare(folder, inputs)
     began = time.monotonic()
     _reset_peak()
-    counts = getattr(module, stage)(run)
+    try:
+        counts = getattr(module, stage)(run)
+    finally:
+        run.release()
     manifest = journal.Manifest(
         stage=stage,
         inputs=inputs,

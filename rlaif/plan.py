@@ -122,6 +122,8 @@ class _BaseByName:
 class Rehearsal(Run):
     """A run in a temporary folder whose stages ask nobody."""
 
+    fetches = False
+
     def load_base(self) -> Any:
         """Return a stand-in for the model, which is not loaded."""
         from rlaif.model.base import identity_of

@@ -12,19 +12,20 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, Field, field_validator, model_validator
 
 from rlaif.documents import Document, find, load_yaml, validate
-from rlaif.endpoints import BASE, Endpoint
+from rlaif.endpoints import BASE, RAY, Endpoint
 from rlaif.errors import ConfigError
 from rlaif.filters import REASONS
 from rlaif.overrides import Overridden, override
 from rlaif.sections import Fraction, NonNegative, Positive, PositiveFloat, Section
 from rlaif.sections import HumanSection as HumanSection
 from rlaif.sections import LabelSection as LabelSection
+from rlaif.sections import RaySection as RaySection
 from rlaif.sections import SamplingSection as SamplingSection
 from rlaif.sections import WarmSamplingSection as WarmSamplingSection
 
 Stage = Literal["revise", "sft", "label", "reward", "ppo", "evaluate"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
-# The keys of a section that name who answers: the base, or a name in `engines`.
+# The keys of a section that name who answers: the base, here or in workers of `ray`, or a name in `engines`.
 ENGINE_KEYS = {"revise": ("responder", "critic", "reviser"), "label": ("judge",), "evaluate": ("judge",)}
 
 
@@ -94,7 +95,7 @@ class ReviseSection(Section):
     few_shot: int = Field(3, ge=0, description="worked examples of the constitution shown before each request")
     must_refuse_tags: list[str] = Field([], description="tags whose revision must decline, else it is set aside")
     filters: list[str] = Field(list(REASONS), description="what sets a text aside; see rlaif/filters.py")
-    responder: str = Field(BASE, description="who writes responses: `base`, or a name in `engines`")
+    responder: str = Field(BASE, description="who writes responses: `base`, `ray` or a name in `engines`")
     critic: str = Field(BASE, description="who writes critiques")
     reviser: str = Field(BASE, description="who writes revisions")
     batch_size: Positive = 32
@@ -124,6 +125,7 @@ class SftSection(TrainingSection):
 class RewardSection(TrainingSection):
     """The reward model: a LoRA adapter and an fp32 scalar head on the shared base."""
 
+    start_from: Literal["sft", "base"] = Field("sft", description="weights that the adapter starts with")
     center_rewards_coefficient: NonNegative = 0.01
     heldout_fraction: Fraction = Field(0.2, description="share of prompts kept for evaluation, drawn per tag")
     min_heldout_accuracy: Fraction = Field(0.6, description="for every tag; below it `ppo` does not start")
@@ -182,7 +184,7 @@ class EvaluateSection(Section):
 
     sampling: SamplingSection = SamplingSection()
     prompts_per_tag: dict[str, Positive] = {}
-    judge: str = Field(BASE, description="who judges: `base`, or a name in `engines`")
+    judge: str = Field(BASE, description="who judges: `base`, `ray` or a name in `engines`")
     judge_prompts_per_tag: int = Field(8, ge=0, description="prompts of each tag that the judge compares; 0: no judge")
     batch_size: Positive = 32
 
@@ -200,6 +202,7 @@ class Recipe(Section):
     feedback: Literal["ai", "human", "mixed"] = "ai"
     stages: list[Stage] = Field(list(STAGES), min_length=1)
     engines: dict[str, Endpoint] = Field({}, description="servers that may answer, by name")
+    ray: RaySection = RaySection()
     revise: ReviseSection = ReviseSection()
     sft: SftSection = SftSection()
     label: LabelSection = LabelSection()
@@ -217,8 +220,8 @@ class Recipe(Section):
     @classmethod
     def _named(cls, engines: dict[str, Endpoint]) -> dict[str, Endpoint]:
         for name in engines:
-            if name == BASE or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
-                raise ValueError(f"`{name}`: letters, digits, `_` and `-` are expected, and not the name `{BASE}`")
+            if name in (BASE, RAY) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
+                raise ValueError(f"`{name}`: letters, digits, `_` and `-` are expected, not `{BASE}` or `{RAY}`")
         return engines
 
     @field_validator("stages")
@@ -331,7 +334,7 @@ def _adapter(name: str, here: Path) -> Path:
 
 def _refuse_unknown_engines(document: Document, recipe: Recipe) -> None:
     """Refuse names of engines that the recipe does not describe, each with its place and the nearest name."""
-    known = [BASE, *recipe.engines]
+    known = [BASE, RAY, *recipe.engines]
     problems = []
     for section in ENGINE_KEYS:
         for key, name in recipe.engines_of(section).items():

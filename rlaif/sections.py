@@ -1,11 +1,12 @@
-"""The sections of a recipe that several modules share: sampling, and the labeller with its judges.
+"""The sections of a recipe that several modules share: sampling, the cluster, and the labeller with its judges.
 
 `rlaif.recipe` puts all sections together and reads the file.
 """
 
+import re
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from rlaif.endpoints import BASE
 
@@ -37,13 +38,38 @@ class WarmSamplingSection(SamplingSection):
     temperature: NonNegative = Field(1.0, description="0 is greedy")
 
 
+class RaySection(Section):
+    """The cluster whose workers answer where a recipe names the engine `ray`."""
+
+    address: str | None = Field(
+        None, description="of a running cluster: `auto` or HOST:PORT; absent: one on this machine"
+    )
+    workers: Positive = Field(2, description="copies of the model at most, over all machines")
+    cpus_per_worker: Positive = 1
+    gpus_per_worker: Fraction = Field(0.0, description="0: a worker computes on the CPU; 0.5: two share a GPU")
+
+    @field_validator("address")
+    @classmethod
+    def _can_be_asked(cls, address: str | None) -> str | None:
+        if address is not None and address.startswith("ray://"):
+            raise ValueError("Ray Data cannot be driven through a Ray client; run on a machine of the cluster: `auto`")
+        if address is not None and address != "auto" and not re.fullmatch(r"[\w.-]+:[0-9]{1,5}", address):
+            raise ValueError("`auto` or HOST:PORT is expected; leave it out for a cluster on this machine")
+        return address
+
+    @property
+    def kind(self) -> str:
+        """What a worker computes on."""
+        return "cuda" if self.gpus_per_worker else "cpu"
+
+
 class JudgeSection(Section):
     """One judge of several."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="stands in every vote")
     method: JudgeMethod = "logprobs"
     function: str | None = Field(None, description="a registered scoring function, for the method `function`")
-    engine: str | None = Field(None, description="`base`, or a name in `engines`; absent: as label.judge")
+    engine: str | None = Field(None, description="`base`, `ray` or a name in `engines`; absent: as label.judge")
     adapter: str | None = Field(None, description="judges with `sft`, or with an adapter folder, on the base model")
     few_shot: int | None = Field(None, ge=0, description="absent: as label.few_shot")
     weight: PositiveFloat = 1.0
@@ -60,7 +86,7 @@ class LabelSection(Section):
     """Where comparisons come from when `feedback` is `ai`."""
 
     method: Literal["judge", "revision", "contrast"] = "judge"
-    judge: str = Field(BASE, description="who judges: `base`, or a name in `engines`")
+    judge: str = Field(BASE, description="who judges: `base`, `ray` or a name in `engines`")
     candidates: Literal["samples", "revision", "policies", "file"] = Field("samples", description="what is compared")
     samples_per_prompt: int = Field(2, ge=2, description="responses to a prompt, for `samples`")
     max_pairs_per_prompt: Positive | None = Field(None, description="pairs of a prompt's samples; absent: all")

@@ -24,14 +24,14 @@ def test_a_recipe_describes_engines_and_names_them_where_something_is_asked(tmp_
     ("addition", "expected"),
     [
         ("label: {judge: bog}", "r.yaml:7:9: label.judge: no engine `bog`; did you mean `big`?"),
-        ("revise:\n  critic: nobody", "r.yaml:8:3: revise.critic: no engine `nobody`; known: base, big."),
+        ("revise:\n  critic: nobody", "r.yaml:8:3: revise.critic: no engine `nobody`; known: base, ray, big."),
     ],
 )
 def test_an_engine_that_is_not_described_is_named_with_its_place(addition: str, expected: str, tmp_path: Path) -> None:
     assert complaint(tmp_path, f"{ENGINE}{addition}\n") == expected
 
 
-@pytest.mark.parametrize("name", ["base", "a.b", "a b", '""'])
+@pytest.mark.parametrize("name", ["base", "ray", "a.b", "a b", '""'])
 def test_names_that_cannot_be_told_from_others_are_refused(name: str, tmp_path: Path) -> None:
     text = ENGINE.replace("  big:", f"  {name}:")
     assert "key" in complaint(tmp_path, text) or "letters, digits, `_` and `-`" in complaint(tmp_path, text)

@@ -8,6 +8,7 @@ import sys
 import pytest
 import tiny_runs
 import torch
+from safetensors.torch import load_file
 
 from rlaif import files
 from rlaif.errors import DataError
@@ -48,7 +49,10 @@ def opened(tmp_path, tiny_model):
 
     def open_run(folder="run", *, rows=ROWS, model=None, four_bit=False, **settings):
         (tmp_path / folder).mkdir(exist_ok=True)
-        sections = {"reward": {"learning_rate": 1e-2, **settings}, "model": {"load_in_4bit": four_bit}}
+        sections = {
+            "reward": {"start_from": "base", "learning_rate": 1e-2, **settings},
+            "model": {"load_in_4bit": four_bit},
+        }
         context = tiny_runs.opened(tmp_path / folder, model or tiny_model, **sections)
         run = context.__enter__()
         stack.append(context)
@@ -379,3 +383,23 @@ def test_the_saved_adapter_gives_the_same_scores_with_plain_peft_and_transformer
     assert imported == "False"
     assert [float(score) for score in theirs] == pytest.approx(ours, abs=1e-5)
     assert abs(ours[0] - ours[1]) > 0.01
+
+
+def test_training_starts_from_the_sft_adapter_where_the_recipe_has_one(opened):
+    run = opened(start_from="sft", max_steps=1, learning_rate=1e-30)
+    base = run.load_base()
+    base.add_role("policy", trainable=True)
+    with torch.no_grad():
+        for name, parameter in base.named_parameters_of("policy"):
+            parameter.fill_(0.25 if "lora_A" in name else 0.5)
+    before = reward.inputs(run)
+    base.save_role("policy", run.stage_folder("sft") / "adapter")
+    assert reward.inputs(run)["sft"] != before["sft"]
+    reward.reward(run)
+    weights = load_file(run.stage_folder("reward") / "adapter" / "adapter_model.safetensors")
+    assert {float(tensor.mean()) for name, tensor in weights.items() if "lora_A" in name} == {0.25}
+    assert {float(tensor.mean()) for name, tensor in weights.items() if "lora_B" in name} == {0.5}
+
+
+def test_without_an_sft_stage_or_from_the_base_nothing_of_it_is_read(opened):
+    assert "sft" not in reward.inputs(opened())

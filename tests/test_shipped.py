@@ -183,7 +183,7 @@ def test_a_shipped_recipe_asks_for_no_more_prompts_than_there_are(path: Path) ->
 def test_the_quickstart_is_the_whole_pipeline_on_the_embedded_model_in_four_bits() -> None:
     found = recipe(shipped("recipes") / "quickstart.yaml").recipe
     assert (found.model.model_name_or_path, found.model.load_in_4bit) == ("smollm2-135m", True)
-    assert (found.feedback, found.label.method) == ("ai", "revision")
+    assert (found.feedback, found.label.method) == ("mixed", "revision")
     assert tuple(found.stages) == STAGES
 
 

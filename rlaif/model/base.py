@@ -122,14 +122,18 @@ def _read(settings: ModelSection, source: str, device: torch.device, dtype: torc
             name = min(report["missing_keys"])
             raise ValueError(f"{len(report['missing_keys'])} tensors of a causal language model are missing: {name}.")
     except (*_BROKEN, SafetensorError, StrictDataclassError) as problem:
-        reason = " ".join(str(problem).split())[:300] or type(problem).__name__
-        raise ModelError(
-            f"model `{settings.model_name_or_path}`: cannot be loaded: {reason} Expected: an embedded model "
-            f"({', '.join(builtin.EMBEDDED)}), a folder with a model in the Hugging Face format (safetensors), or the "
-            "id of one on the Hub."
-            + (" Try `model.attn_implementation: eager`." if "attn_implementation" in str(problem) else "")
-        ) from problem
+        raise _unusable(settings, problem) from problem
     return lm, tokenizer, config
+
+
+def _unusable(settings: ModelSection, problem: Exception) -> ModelError:
+    reason = " ".join(str(problem).split())[:300] or type(problem).__name__
+    return ModelError(
+        f"model `{settings.model_name_or_path}`: cannot be loaded: {reason} Expected: an embedded model "
+        f"({', '.join(builtin.EMBEDDED)}), a folder with a model in the Hugging Face format (safetensors), or the "
+        "id of one on the Hub."
+        + (" Try `model.attn_implementation: eager`." if "attn_implementation" in str(problem) else "")
+    )
 
 
 def load_tokenizer(name: str) -> ChatTokenizer:
@@ -157,30 +161,38 @@ def _drop_dropout(config: Any) -> None:
                 setattr(part, name, 0.0)
 
 
-def identity_of(settings: ModelSection) -> dict[str, Any]:
-    """Return the identity of the model that a recipe names, without loading or fetching it.
+def identity_of(settings: ModelSection, kind: str | None = None, *, fetch: bool = False) -> dict[str, Any]:
+    """Return the identity of the model that a recipe names, without loading it.
+
+    Args:
+        settings: the model.
+        kind: of the device that it would be on, ``cpu`` or ``cuda``; None for the one that is here.
+        fetch: whether its configuration may be fetched.
 
     Raises:
-        ModelError: its configuration is not on this machine.
+        ModelError: there is no such model, or its configuration is not on this machine.
+        DeviceError: a floating-point type that such a device cannot use.
     """
     name = settings.model_name_or_path
-    if name in builtin.EMBEDDED and not builtin.is_fetched(name):
+    if not fetch and name in builtin.EMBEDDED and not builtin.is_fetched(name):
         return {"model": name, "weights": "not fetched yet"}
     source = resolve(name)
     try:
         config = AutoConfig.from_pretrained(
-            source, revision=settings.model_revision, trust_remote_code=False, local_files_only=True
+            source, revision=settings.model_revision, trust_remote_code=False, local_files_only=not fetch
         )
-    except _BROKEN as problem:
+    except (*_BROKEN, StrictDataclassError) as problem:
+        if fetch:
+            raise _unusable(settings, problem) from problem
         reason = " ".join(str(problem).split())[:200]
         raise ModelError(
             f"model `{name}`: its configuration is not on this machine: {reason} A plan fetches nothing; fetch the "
             "model first, or run the recipe."
         ) from problem
-    return identity(settings, source, config)
+    return identity(settings, source, config, torch.device(kind) if kind else None)
 
 
-def identity(settings: ModelSection, source: str, config: Any) -> dict[str, Any]:
+def identity(settings: ModelSection, source: str, config: Any, device: torch.device | None = None) -> dict[str, Any]:
     """Return what an answer of this model depends on, for the keys of stored work: weights, precision, template."""
     folder = Path(source)
     weights: Any = settings.model_revision or getattr(config, "_commit_hash", None)
@@ -194,7 +206,7 @@ def identity(settings: ModelSection, source: str, config: Any) -> dict[str, Any]
         "bnb_4bit_quant_type": settings.bnb_4bit_quant_type if settings.load_in_4bit else None,
         "use_bnb_nested_quant": settings.use_bnb_nested_quant if settings.load_in_4bit else None,
         "load_in_8bit": settings.load_in_8bit,
-        "dtype": str(compute_dtype(settings.dtype, default_device())),
+        "dtype": str(compute_dtype(settings.dtype, device or default_device())),
     }
 
 

@@ -103,7 +103,14 @@ class RewardTrainer(Trainer):  # type: ignore[misc]
 def inputs(run: Run) -> dict[str, str]:
     """Return what this stage's result depends on."""
     path = run.stage_folder("label") / "comparisons.jsonl"
-    return run.inputs(run.recipe.reward, files={"comparisons": path})
+    start = starting_adapter(run)
+    return run.inputs(run.recipe.reward, files={"comparisons": path} | ({"sft": start} if start else {}))
+
+
+def starting_adapter(run: Run) -> Path | None:
+    """Return the adapter that training starts from: SFT's (Ouyang et al. 2022, section 3.5), if the recipe has one."""
+    wanted = run.recipe.reward.start_from == "sft" and "sft" in run.recipe.stages
+    return run.stage_folder("sft") / "adapter" if wanted else None
 
 
 def reward(run: Run) -> dict[str, Any]:
@@ -111,7 +118,8 @@ def reward(run: Run) -> dict[str, Any]:
     settings, folder = run.recipe.reward, run.stage_folder(NAME)
     comparisons = read_rows(run.output("label", "comparisons.jsonl"), Comparison)
     base = run.load_base()
-    base.add_role(ROLE, trainable=True, head=True)
+    start = run.output("sft", "adapter") if starting_adapter(run) else None
+    base.add_role(ROLE, trainable=True, head=True, adapter=start)
     head = dict(base.named_parameters_of(ROLE))[f"heads.{ROLE}.weight"]
     nn.init.normal_(head, std=(base.hidden_size + 1) ** -0.5)  # Huang et al. 2024, detail 11
     fitting = [row for row in comparisons if _length(base, row) <= min(settings.max_length, base.max_length)]

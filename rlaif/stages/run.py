@@ -6,16 +6,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import BaseModel
 
 from rlaif import constitution as constitutions
 from rlaif.constitution import Constitution, Principle, draw
 from rlaif.documents import file_sha256, fingerprint
-from rlaif.endpoints import BASE, Endpoint
+from rlaif.endpoints import BASE, RAY, Endpoint
 from rlaif.engines.engine import Engine
 from rlaif.engines.local import LocalEngine
+from rlaif.engines.ray import Cluster, RayEngine, require
 from rlaif.engines.server import ServerEngine
 from rlaif.errors import ConfigError, DataError, StageError
 from rlaif.journal import Journal
@@ -51,6 +52,7 @@ class Run:
     folder: Path
     journal: Journal
     progress: Progress
+    fetches: ClassVar[bool] = True  # whether what is not on this machine may be fetched
 
     @property
     def recipe(self) -> Recipe:
@@ -149,10 +151,13 @@ class Run:
         """Load the base model afresh: each stage adds its own roles to it."""
         import torch
 
-        if self.recipe.model.model_name_or_path in builtin.EMBEDDED:
-            builtin.fetch(self.recipe.model.model_name_or_path, self.progress.say)
+        self._fetch()
         torch.manual_seed(self.recipe.seed)
         return SharedBase.load(self.recipe.model)
+
+    def _fetch(self) -> None:
+        if self.fetches and self.recipe.model.model_name_or_path in builtin.EMBEDDED:
+            builtin.fetch(self.recipe.model.model_name_or_path, self.progress.say)
 
     # --- who answers --------------------------------------------------------------------------------------------
 
@@ -160,8 +165,8 @@ class Run:
         """Return the engine of a name in the recipe.
 
         Args:
-            name: `base`, or a name in the recipe's `engines`.
-            load: returns the shared base; not called where a server answers.
+            name: `base`, `ray`, or a name in the recipe's `engines`.
+            load: returns the shared base; not called where a server or a cluster answers.
             batch_size: conversations in a forward pass of the base.
             chooses: whether it is asked to choose between options.
 
@@ -170,26 +175,43 @@ class Run:
         """
         if name == BASE:
             return LocalEngine(load(), BASE, batch_size=batch_size)
+        if name == RAY:
+            self._fetch()
+            model, kind = self.recipe.model, self.recipe.ray.kind
+            return RayEngine(model, self._cluster, kind=kind, batch_size=batch_size, fetch=self.fetches)
         return ServerEngine(name, self._endpoint(name), chooses=chooses, say=self.progress.say)
 
     def model_of(self, name: str) -> str:
         """Return the name of the model that an engine asks."""
-        return self.recipe.model.model_name_or_path if name == BASE else self._endpoint(name).model
+        return self.recipe.model.model_name_or_path if name in (BASE, RAY) else self._endpoint(name).model
 
     def asked(self, *names: str, chooses: bool = False) -> list[Any]:
-        """Return what the answers of engines depend on besides the questions; of the base, see `inputs`."""
-        return [BASE if name == BASE else self._endpoint(name).identity(chooses=chooses) for name in names]
+        """Return what the answers of engines depend on besides the questions; of the recipe's model, see `inputs`."""
+        own = {BASE: BASE, RAY: [RAY, self.recipe.ray.kind]}
+        return [own[name] if name in own else self._endpoint(name).identity(chooses=chooses) for name in names]
 
     def check_keys(self, stages: Sequence[str]) -> None:
-        """Look whether all keys that these stages need are there, before hours of work and not after.
+        """Look whether all keys and packages that these stages need are there, before hours of work and not after.
 
         Raises:
-            ConfigError: a key is not in the environment.
+            ConfigError: a key is not in the environment, or Ray is not installed.
+            DeviceError: workers of `ray` cannot compute as the recipe says.
         """
         for stage in stages:
             for name in self.recipe.engines_of(stage).values():
-                if name != BASE:
+                if name == RAY:
+                    require(self.recipe.model, self.recipe.ray)
+                elif name != BASE:
                     self._endpoint(name).key(name)
+
+    @cached_property
+    def _cluster(self) -> Cluster:
+        return Cluster(self.recipe.ray, self.progress.say)
+
+    def release(self) -> None:
+        """Stop what was started to answer a stage's questions; what is asked later starts it again."""
+        if "_cluster" in vars(self):
+            self._cluster.stop()
 
     def _endpoint(self, name: str) -> Endpoint:
         if name not in self.recipe.engines:
