@@ -104,7 +104,7 @@ def test_a_reply_without_end_is_given_up_and_no_answer_is_made_of_it(
 
 
 READING = """
-import resource, sys
+import sys
 from pathlib import Path
 from rlaif.endpoints import Endpoint
 from rlaif.engines.engine import Question, ask
@@ -114,12 +114,14 @@ from rlaif.journal import Journal
 from rlaif.progress import Progress
 endpoint = Endpoint(model="m", urls=[sys.argv[1]], max_retries=0)
 who = ServerEngine("big", endpoint)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def peak():  # getrusage would start from the parent's peak
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+before = peak()
 try:
     with Journal(Path("journal.db")) as journal:
         list(ask(journal, "s", who, [Question("p", [{"role": "user", "content": "x"}])], Progress(quiet=True), "t"))
 except EngineError:
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10)
+    print((peak() - before) >> 10)
 """
 
 
