@@ -174,7 +174,7 @@ def _prepare(folder: Path, inputs: dict[str, str]) -> None:
     """Empty the stage's folder unless it was left by a run that was stopped under the very same inputs."""
     path = folder / STARTED
     try:
-        same = json.loads(path.read_text(encoding="utf-8"))["inputs"] == fingerprint(inputs)
+        same = json.loads(path.read_text(encoding="utf-8"))["inputs"] == fingerprint(inputs) and not folder.is_symlink()
     except (OSError, ValueError, KeyError, TypeError):
         same = False
     if not same:

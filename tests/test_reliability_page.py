@@ -18,7 +18,7 @@ def rows(heading: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines][1:]
 
 
-def found_in(path: Path) -> dict[str, bool]:
+def named_in(path: Path) -> dict[str, bool]:
     """Return the tests of a file, each with whether it is marked slow."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     module = any(isinstance(node, ast.Assign) and "mark.slow" in ast.unparse(node.value) for node in tree.body)
@@ -43,7 +43,7 @@ def test_every_promise_and_threat_has_one_row_without_an_empty_cell() -> None:
 @pytest.mark.parametrize("name", sorted(set(re.findall(r"`(test_\w+::\w+)`", PAGE))))
 def test_every_test_that_the_page_names_exists(name: str) -> None:
     file, _, test = name.partition("::")
-    assert (TESTS / f"{file}.py").is_file() and test in found_in(TESTS / f"{file}.py")
+    assert (TESTS / f"{file}.py").is_file() and test in named_in(TESTS / f"{file}.py")
 
 
 def test_slow_tests_are_called_slow_and_others_are_not() -> None:
@@ -51,4 +51,4 @@ def test_slow_tests_are_called_slow_and_others_are_not() -> None:
         for part in row[2].split(";"):
             for name in re.findall(r"`(test_\w+::\w+)`", part):
                 file, _, test = name.partition("::")
-                assert found_in(TESTS / f"{file}.py")[test] == part.strip().startswith("slow: "), name
+                assert named_in(TESTS / f"{file}.py")[test] == part.strip().startswith("slow: "), name

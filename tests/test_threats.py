@@ -15,12 +15,12 @@ import jinja2
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scripted import CONSTITUTION, Said, ScriptedEngine
+from scripted import CONSTITUTION, Said, ScriptedEngine, make_run, usual
 from test_chat import CHATML, byte_tokenizer
 from tokenizers import AddedToken, normalizers
 
 from rlaif import constitution as constitutions
-from rlaif.documents import load_yaml, shipped
+from rlaif.documents import fingerprint, load_yaml, shipped
 from rlaif.engines.engine import Question, ask, request_hash
 from rlaif.engines.replies import verdict
 from rlaif.errors import ConfigError, ConstitutionError, JournalError, ModelError, PromptError, RlaifError
@@ -31,6 +31,7 @@ from rlaif.pipeline import open_run, run_recipe
 from rlaif.progress import Progress
 from rlaif.prompting import load_template, sandbox
 from rlaif.recipe import load_recipe
+from rlaif.stages import revise
 from rlaif.stages.revise import Answer, whole_sentences
 from rlaif.steering import flags_of
 
@@ -406,6 +407,25 @@ def test_links_in_a_run_folder_do_not_lead_a_run_to_files_outside_of_it(place: s
     with pytest.raises((JournalError, ModelError)):
         run_recipe(load_recipe(recipe), Progress(quiet=True))
     assert {path: path.read_bytes() for path in outside.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("started", [False, True])
+def test_a_stage_folder_that_is_a_link_is_replaced_and_what_it_led_to_is_kept(
+    started: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(tmp_path, monkeypatch, ScriptedEngine(usual), stages=["revise"])
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "chains.jsonl").write_text("kept")
+    if started:  # a folder that says of itself that it was left by this very run
+        (outside / "started.json").write_text(json.dumps({"inputs": fingerprint(revise.inputs(run))}))
+    run.journal.close()
+    before = {path.name: path.read_bytes() for path in outside.iterdir()}
+    (run.folder / "1-revise").symlink_to(outside)
+    run_recipe(load_recipe(tmp_path / "recipe.yaml", [f"output={run.folder}"]), Progress(quiet=True))
+    assert {path.name: path.read_bytes() for path in outside.iterdir()} == before
+    stage = run.folder / "1-revise"
+    assert (stage / "manifest.json").is_file() and not stage.is_symlink()
 
 
 def test_a_run_folder_without_a_recipe_is_refused(tmp_path: Path) -> None:
