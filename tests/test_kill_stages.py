@@ -54,7 +54,7 @@ KILLS = [
 INTERRUPTS = [
     ("rlaif.engines.local:LocalEngine._answer", "", 2, "before"),
     ("rlaif.stages.training:Recorder.on_step_end", "", 2, "before"),
-    ("rlaif.stages.judge:judge", "", 1, "before"),
+    ("rlaif.stages.quality:measure_panel", "", 1, "before"),
     ("rlaif.stages.training:Recorder.on_step_end", "", 2, "after"),
     ("rlaif.stages.ppo:backward", "", 5, "after"),
     ("rlaif.stages.evaluate:response_logprob", "", 2, "after"),
