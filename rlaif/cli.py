@@ -5,6 +5,7 @@ import json
 import logging
 import shlex
 import shutil
+import signal
 import sys
 import warnings
 from collections.abc import Callable
@@ -207,6 +208,7 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\..*")
     for name in _NOISY:
         logging.getLogger(name).setLevel(logging.ERROR)
+    before = signal.signal(signal.SIGINT, _interrupt)
     try:
         app()
     except RlaifError as problem:
@@ -226,6 +228,16 @@ def main() -> None:
             f"rlaif: the disk is full ({problem}). Free some space and run again; nothing finished is lost.",
             2,
         )
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _interrupt(*_: object) -> None:
+    """Raise the interrupt, and remember it: raised inside a finalizer it would be lost."""
+    from rlaif.progress import Task
+
+    Task.interrupted = True
+    raise KeyboardInterrupt
 
 
 def _interrupted() -> None:

@@ -15,13 +15,21 @@ PLAIN_LINE_EVERY_SECONDS = 20.0
 class Task:
     """One piece of work of known size."""
 
+    interrupted = False  # set by the command line at Ctrl+C
+
     def __init__(self, progress: "Progress", title: str, total: int):
         self.title, self.total, self.done, self.tokens = title, total, 0, 0
         self._progress, self._started, self._printed = progress, time.monotonic(), time.monotonic()
         self._bar = progress.rich.add_task(title, total=total, note="") if progress.rich else None
 
     def advance(self, count: int = 1, *, tokens: int = 0, note: str = "") -> None:
-        """Record that `count` items are done, and how many tokens they took."""
+        """Record that `count` items are done, and how many tokens they took.
+
+        Raises:
+            KeyboardInterrupt: there was one, and it fell into a finalizer or a callback, which swallow it.
+        """
+        if Task.interrupted:
+            raise KeyboardInterrupt
         self.done, self.tokens = self.done + count, self.tokens + tokens
         seconds = max(time.monotonic() - self._started, 1e-6)
         rate = f"{self.tokens / seconds:.0f} tokens/s" if self.tokens else ""

@@ -5,7 +5,7 @@ import io
 import pytest
 
 from rlaif import progress as module
-from rlaif.progress import Progress
+from rlaif.progress import Progress, Task
 
 
 def test_text_is_printed_as_it_is_without_control_characters(capsys: pytest.CaptureFixture[str]) -> None:
@@ -54,3 +54,9 @@ def test_a_terminal_gets_a_bar_and_lines_above_it(monkeypatch: pytest.MonkeyPatc
     assert shown.rich is None
     assert "answers" in terminal.getvalue() and "2/2" in terminal.getvalue() and "tokens/s" in terminal.getvalue()
     assert "a line [b]" in terminal.getvalue()
+
+
+def test_an_interrupt_that_a_finalizer_swallowed_is_raised_at_the_next_step(monkeypatch):
+    monkeypatch.setattr(Task, "interrupted", True)
+    with pytest.raises(KeyboardInterrupt):
+        Task(Progress(quiet=True), "steps", 3).advance()
