@@ -1,6 +1,6 @@
 """The shared base as an engine: one role answers, some conversations at a time, others following as they end."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from rlaif.engines.engine import Answer, Answered, Question
@@ -38,16 +38,7 @@ class LocalEngine:
         Raises:
             DataError: a conversation that does not fit the model's context, with its id and length.
         """
-        groups: dict[tuple[Any, ...], list[Question]] = {}
-        for question in questions:
-            settings = (question.options, question.max_new_tokens, question.temperature, question.top_p)
-            groups.setdefault(settings, []).append(question)
-        result: list[list[Question]] = []
-        for group in groups.values():
-            lengths = [self._length(question) for question in group]
-            for batch in sampling.batches_by_length(lengths, ROUNDS * self._batch_size):
-                result.append([group[index] for index in batch])
-        return result
+        return batched(questions, self._length, ROUNDS * self._batch_size)
 
     def _length(self, question: Question) -> int:
         length = len(self._base.tokenizer.prompt(question.messages))
@@ -83,3 +74,17 @@ class LocalEngine:
                 rows=self._batch_size,
             )
         return [Answer(tokenizer.decode(s.ids), s.ended, (), len(s.ids)) for s in samples]
+
+
+def batched(questions: Sequence[Question], length: Callable[[Question], int], size: int) -> list[list[Question]]:
+    """Group questions of the same kind and settings into batches of similar length, the longest first."""
+    groups: dict[tuple[Any, ...], list[Question]] = {}
+    for question in questions:
+        settings = (question.options, question.max_new_tokens, question.temperature, question.top_p)
+        groups.setdefault(settings, []).append(question)
+    result: list[list[Question]] = []
+    for group in groups.values():
+        lengths = [length(question) for question in group]
+        for batch in sampling.batches_by_length(lengths, size):
+            result.append([group[index] for index in batch])
+    return result

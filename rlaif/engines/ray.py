@@ -30,11 +30,10 @@ from typing import Any, Protocol
 import torch
 
 from rlaif.engines.engine import Answered, Question
-from rlaif.engines.local import ROUNDS
+from rlaif.engines.local import ROUNDS, batched
 from rlaif.engines.workers import Worker, packed, unpacked
 from rlaif.errors import ConfigError, EngineError
 from rlaif.model.base import compute_dtype, identity_of, resolve
-from rlaif.model.sampling import batches_by_length
 from rlaif.recipe import ModelSection, RaySection
 
 RESTARTS = 3  # of one worker; a batch that kills every worker must end the run, and not go round for ever
@@ -80,16 +79,11 @@ class RayEngine:
 
     def batches(self, questions: Sequence[Question]) -> list[list[Question]]:
         """Group questions of the same kind and settings by their number of characters; no model is read for it."""
-        groups: dict[tuple[Any, ...], list[Question]] = {}
-        for question in questions:
-            settings = (question.options, question.max_new_tokens, question.temperature, question.top_p)
-            groups.setdefault(settings, []).append(question)
-        result: list[list[Question]] = []
-        for group in groups.values():
-            lengths = [sum(len(message["content"]) for message in question.messages) for question in group]
-            for batch in batches_by_length(lengths, ROUNDS * self._batch_size):
-                result.append([group[index] for index in batch])
-        return result
+
+        def characters(question: Question) -> int:
+            return sum(len(message["content"]) for message in question.messages)
+
+        return batched(questions, characters, ROUNDS * self._batch_size)
 
     def answers(self, batches: Sequence[Sequence[Question]]) -> Iterator[Answered]:
         """Answer batches; each comes when it is finished.
