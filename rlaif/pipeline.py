@@ -161,12 +161,13 @@ def _short(value: object) -> str:
 
 def _passing(name: str) -> bool:
     """Tell whether a file of a stage is of use only until its manifest is written."""
-    return name == STARTED or name.startswith(f"{CHECKPOINTS}/")
+    return name == STARTED or CHECKPOINTS in name.split("/")
 
 
 def _tidy(folder: Path) -> None:
     """Remove what a finished stage no longer needs; only after its manifest, so a kill in between loses nothing."""
-    files.remove_folder(folder / CHECKPOINTS)
+    for checkpoints in (folder / CHECKPOINTS, *folder.glob(f"*/{CHECKPOINTS}")):
+        files.remove_folder(checkpoints)
     (folder / STARTED).unlink(missing_ok=True)
 
 

@@ -16,11 +16,15 @@ from rlaif.endpoints import BASE, RAY, Endpoint
 from rlaif.errors import ConfigError
 from rlaif.filters import REASONS
 from rlaif.overrides import Overridden, override
+from rlaif.sections import Combination as Combination
 from rlaif.sections import Fraction, NonNegative, Positive, PositiveFloat, Section
 from rlaif.sections import HumanSection as HumanSection
 from rlaif.sections import LabelSection as LabelSection
+from rlaif.sections import PairLoss as PairLoss
 from rlaif.sections import RaySection as RaySection
+from rlaif.sections import RewardSection as RewardSection
 from rlaif.sections import SamplingSection as SamplingSection
+from rlaif.sections import TrainingSection as TrainingSection
 from rlaif.sections import WarmSamplingSection as WarmSamplingSection
 
 Stage = Literal["revise", "sft", "label", "reward", "ppo", "evaluate"]
@@ -50,24 +54,6 @@ class ModelSection(Section):
         if self.load_in_4bit and self.load_in_8bit:
             raise ValueError("load_in_4bit and load_in_8bit exclude each other; choose one")
         return self
-
-
-class TrainingSection(Section):
-    """Keys of `transformers.TrainingArguments` that a stage passes through."""
-
-    num_train_epochs: PositiveFloat = 1.0
-    max_steps: int = Field(-1, description="optimizer steps; -1 leaves it to num_train_epochs")
-    per_device_train_batch_size: Positive = 8
-    gradient_accumulation_steps: Positive = 1
-    learning_rate: PositiveFloat = 2e-4
-    lr_scheduler_type: Literal["constant", "linear", "cosine", "constant_with_warmup"] = "linear"
-    warmup_steps: int = Field(0, ge=0)
-    weight_decay: NonNegative = 0.0
-    max_grad_norm: PositiveFloat = 1.0
-    max_length: Positive = Field(1024, description="tokens; longer rows are set aside with the reason")
-    logging_steps: Positive = 1
-    save_steps: Positive = Field(50, description="optimizer steps between checkpoints")
-    report_to: list[str] | str = "none"
 
 
 class PromptFile(Section):
@@ -122,17 +108,6 @@ class SftSection(TrainingSection):
     heldout_fraction: Fraction = Field(0.1, description="share of demonstrations kept for the held-out loss")
 
 
-class RewardSection(TrainingSection):
-    """The reward model: a LoRA adapter and an fp32 scalar head on the shared base."""
-
-    start_from: Literal["sft", "base"] = Field("sft", description="weights that the adapter starts with")
-    center_rewards_coefficient: NonNegative = 0.01
-    heldout_fraction: Fraction = Field(0.2, description="share of prompts kept for evaluation, drawn per tag")
-    min_heldout_accuracy: Fraction = Field(0.6, description="for every tag; below it `ppo` does not start")
-    allow_weak_reward: bool = Field(False, description="let `ppo` start below min_heldout_accuracy")
-    microbatch: Positive = Field(8, description="pairs per forward pass when scoring")
-
-
 class PpoSection(Section):
     """Proximal policy optimization."""
 
@@ -161,6 +136,7 @@ class PpoSection(Section):
     score_clip: PositiveFloat | None = None
     critic: Literal["auto", "trunk", "adapter"] = Field("auto", description="auto: trunk on a CPU, adapter on a GPU")
     reward_function: str | None = Field(None, description="a registered scoring function instead of the reward model")
+    reward_model: Combination = Combination()
     save_every_updates: Positive = 1
     sample_every_updates: Positive = 1
 

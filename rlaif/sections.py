@@ -1,4 +1,4 @@
-"""The sections of a recipe that several modules share: sampling, the cluster, and the labeller with its judges.
+"""The sections of a recipe that several modules share: sampling, the cluster, the labeller, and the reward model.
 
 `rlaif.recipe` puts all sections together and reads the file.
 """
@@ -140,6 +140,84 @@ class LabelSection(Section):
             return self.swap_tolerance
         here = all(one.function or one.adapter or (one.engine or self.judge) == BASE for one in self.panel())
         return HERE_TOLERANCE if here else SERVER_TOLERANCE
+
+
+class TrainingSection(Section):
+    """Keys of `transformers.TrainingArguments` that a stage passes through."""
+
+    num_train_epochs: PositiveFloat = 1.0
+    max_steps: int = Field(-1, description="optimizer steps; -1 leaves it to num_train_epochs")
+    per_device_train_batch_size: Positive = 8
+    gradient_accumulation_steps: Positive = 1
+    learning_rate: PositiveFloat = 2e-4
+    lr_scheduler_type: Literal["constant", "linear", "cosine", "constant_with_warmup"] = "linear"
+    warmup_steps: int = Field(0, ge=0)
+    weight_decay: NonNegative = 0.0
+    max_grad_norm: PositiveFloat = 1.0
+    max_length: Positive = Field(1024, description="tokens; longer rows are set aside with the reason")
+    logging_steps: Positive = 1
+    save_steps: Positive = Field(50, description="optimizer steps between checkpoints")
+    report_to: list[str] | str = "none"
+
+
+class PairLoss(Section):
+    """How a comparison counts."""
+
+    loss: Literal["bradley_terry", "noise_corrected"] = "bradley_terry"
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = Field(
+        0.0, description="how far labels are moved towards 0.5, as a rate of wrong ones"
+    )
+    flip_rate: Annotated[float, Field(ge=0, lt=0.5)] = Field(
+        0.0, description="assumed rate of flipped labels, for `noise_corrected`"
+    )
+
+    @model_validator(mode="after")
+    def _rate_fits(self) -> "PairLoss":
+        if (self.loss == "noise_corrected") != (self.flip_rate > 0):
+            raise ValueError(
+                f"loss is `{self.loss}` and flip_rate {self.flip_rate:g}; `noise_corrected` needs a rate above 0, and "
+                "no other loss reads one"
+            )
+        return self
+
+
+class Combination(Section):
+    """How the members of a reward model, heads and adapters, become one score."""
+
+    ensemble: Literal["mean", "worst", "uncertainty"] = Field(
+        "mean", description="mean, least, or mean less uncertainty_coef times the variance of the members"
+    )
+    uncertainty_coef: NonNegative = Field(0.5, description="for `uncertainty`; per deviation of the scores")
+
+
+class RewardSection(TrainingSection):
+    """The reward model: LoRA adapters and fp32 heads on the shared base."""
+
+    start_from: Literal["sft", "base"] = Field("sft", description="weights that the adapter starts with")
+    pair_loss: PairLoss = PairLoss()
+    pair_losses: dict[str, PairLoss] = Field({}, description="other losses, by annotator or source")
+    ranking_loss: Literal["pairs", "plackett_luce"] = Field("pairs", description="rankings with ties take `pairs`")
+    rating_coef: NonNegative = Field(1.0, description="what the squared error of a rating counts")
+    weights: dict[str, NonNegative] = Field({}, description="what rows count, by annotator or source; absent: 1")
+    center_rewards_coefficient: NonNegative = 0.01
+    num_heads: Positive = Field(1, description="outputs of the head, each trained on a bootstrap of the rows")
+    num_adapters: Positive = Field(1, description="adapters trained from different seeds, as an ensemble")
+    cost: bool = Field(False, description="train a cost adapter too, on rows that speak of safety")
+    heldout_fraction: Fraction = Field(0.2, description="share of prompts kept for evaluation, drawn per tag")
+    eval_steps: Positive | None = Field(None, description="steps between measurements on the way; absent: none")
+    early_stopping_patience: Positive | None = Field(
+        None, description="measurements without a better loss, on a share of the train rows, after which to stop"
+    )
+    min_heldout_accuracy: Fraction = Field(0.6, description="for every tag; below it `ppo` does not start")
+    allow_weak_reward: bool = Field(False, description="let `ppo` start below min_heldout_accuracy")
+    suspects: int = Field(50, ge=0, description="labels listed that the model disbelieves most; 0: not looked for")
+    microbatch: Positive = Field(8, description="rows per forward pass when scoring")
+
+    @model_validator(mode="after")
+    def _watched(self) -> "RewardSection":
+        if self.early_stopping_patience and self.eval_steps is None:
+            raise ValueError("early_stopping_patience needs eval_steps: how often to measure")
+        return self
 
 
 class HumanSection(Section):

@@ -17,35 +17,18 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor, nn
 from transformers import Cache
-from transformers.pytorch_utils import Conv1D
 
 from rlaif import files
 from rlaif.errors import ModelError, RoleError
 from rlaif.model import attention
+from rlaif.model.adapters import SCORE_KEY, new_config, read_adapter
 from rlaif.model.base import Base, load_base
 from rlaif.recipe import ModelSection
 
 BASE = "base"  # the role without an adapter
-_SCORE_KEY = "base_model.model.score.weight"
-# What is taken over from an adapter folder's configuration. Dropout is not: it stays off.
-_LORA_KEYS = (
-    "r",
-    "lora_alpha",
-    "target_modules",
-    "exclude_modules",
-    "layers_to_transform",
-    "layers_pattern",
-    "rank_pattern",
-    "alpha_pattern",
-    "use_rslora",
-    "fan_in_fan_out",
-)
-# Other ways of initializing LoRA change the base weights, which are everyone's.
-_HARMLESS_INIT = (True, False, "gaussian", "orthogonal", "eva")
 
 
 class _Recomputation:
@@ -105,6 +88,7 @@ class SharedBase:
         trainable: bool = False,
         adapter: Path | None = None,
         head: bool = False,
+        outputs: int | None = None,
         like: str = "",
     ) -> None:
         """Add a role.
@@ -115,6 +99,8 @@ class SharedBase:
             adapter: folder to load the adapter (and head) from; absent: a new adapter, which changes nothing yet
                 because its B matrices are zero.
             head: give it a scalar head; a new one is zero, so that its first values are 0.
+            outputs: how many numbers the head gives. A new head gives one where None. A head from `adapter` with more
+                than `outputs` 1 becomes their mean; where None it stays as it is.
             like: start as a copy of this role instead of `adapter`.
 
         Raises:
@@ -128,12 +114,16 @@ class SharedBase:
             config = deepcopy(self.peft.peft_config[like])
             weights = get_peft_model_state_dict(self.peft, adapter_name=like, save_embedding_layers=False)
         else:
-            config, weights = self._read_adapter(adapter) if adapter else (self._new_config(), {})
-        score = weights.pop(_SCORE_KEY, None)
+            config, weights = new_config(self.lm, self._settings), {}
+            if adapter:
+                config, weights = read_adapter(adapter, self.device, self.hidden_size)
+        score = weights.pop(SCORE_KEY, None)
         self._attach(role, config, weights, adapter)
         self._trainable[role], self._has_adapter[role] = trainable, True
         if head or score is not None:
-            self._add_head(role, score, like)
+            if score is not None and outputs == 1:
+                score = score.mean(0, keepdim=True)
+            self._add_head(role, score, like, outputs or 1)
         self._restore()
 
     def _attach(self, role: str, config: LoraConfig, weights: dict[str, Tensor], source: Path | None) -> None:
@@ -170,16 +160,17 @@ class SharedBase:
         if name in self._trainable or role not in self._trainable:
             raise RoleError(f"head `{name}` on role `{role}`: the name is taken or the role is unknown.")
         self._trainable[name], self._has_adapter[name] = True, False
-        self._add_head(name, None, "")
+        self._add_head(name, None, "", 1)
 
-    def _add_head(self, role: str, score: Tensor | None, like: str) -> None:
-        layer = nn.Linear(self.hidden_size, 1, bias=False, device=self.device, dtype=torch.float32)
+    def _add_head(self, role: str, score: Tensor | None, like: str, outputs: int) -> None:
+        if like in self.heads:
+            score = self.heads[like].weight
+        rows = outputs if score is None else len(score)
+        layer = nn.Linear(self.hidden_size, rows, bias=False, device=self.device, dtype=torch.float32)
         with torch.no_grad():
             layer.weight.zero_()
             if score is not None:
                 layer.weight.copy_(score)
-            elif like in self.heads:
-                layer.load_state_dict(self.heads[like].state_dict())
         layer.requires_grad_(self._trainable[role])
         self.heads[role] = layer
 
@@ -274,9 +265,9 @@ class SharedBase:
         return torch.tanh(logits / cap) * cap if cap else logits
 
     def head(self, role: str, hidden: Tensor) -> Tensor:
-        """Apply a role's scalar head in fp32: ``[..., hidden]`` to ``[...]``."""
-        result: Tensor = self.heads[role](hidden.float()).squeeze(-1)
-        return result
+        """Apply a role's head in fp32: ``[..., hidden]`` to ``[...]``, or to ``[..., K]`` where it has K outputs."""
+        result: Tensor = self.heads[role](hidden.float())
+        return result.squeeze(-1) if result.shape[-1] == 1 else result
 
     def _check_logits(self) -> None:
         """Refuse a model family whose logits are not what `trunk` and `logits` compute."""
@@ -293,40 +284,11 @@ class SharedBase:
 
     # --- adapter folders -------------------------------------------------------------------------------------
 
-    def _new_config(self) -> LoraConfig:
-        targets = self._settings.lora_target_modules
-        return LoraConfig(
-            r=self._settings.lora_r,
-            lora_alpha=self._settings.lora_alpha,
-            lora_dropout=0.0,
-            target_modules=targets if isinstance(targets, str) else list(targets),
-            fan_in_fan_out=any(isinstance(module, Conv1D) for module in self.lm.modules()),  # as in GPT-2
-            task_type="CAUSAL_LM",
-        )
-
-    def _read_adapter(self, folder: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
-        try:
-            stored = json.loads((folder / "adapter_config.json").read_bytes())
-            weights = load_file(folder / "adapter_model.safetensors", device=str(self.device))
-            if stored["peft_type"] != "LORA" or stored.get("use_dora") or stored.get("bias", "none") != "none":
-                raise ValueError("a plain LoRA adapter is expected, without DoRA and without biases")
-            if stored.get("init_lora_weights", True) not in _HARMLESS_INIT:
-                raise ValueError(f"`init_lora_weights: {stored['init_lora_weights']}` changes the base; convert it")
-            kept = {key: stored[key] for key in _LORA_KEYS if stored.get(key) is not None}
-            config = LoraConfig(**kept, lora_dropout=0.0, task_type="CAUSAL_LM")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as problem:
-            raise ModelError(f"{folder}: not a LoRA adapter folder in safetensors form: {problem}.") from None
-        score = weights.get(_SCORE_KEY)
-        if score is not None and list(score.shape) != [1, self.hidden_size]:
-            raise ModelError(
-                f"{folder}: its head has the shape {list(score.shape)}; {[1, self.hidden_size]} is expected."
-            )
-        return config, weights
-
     def save_role(self, role: str, folder: Path) -> None:
         """Write a role as a plain PEFT folder: a causal model's adapter, or with a head a sequence classifier's.
 
-        `AutoPeftModelForCausalLM`, or with ``num_labels=1`` `AutoPeftModelForSequenceClassification`, loads it.
+        `AutoPeftModelForCausalLM`, or with ``num_labels`` as many as the head has outputs
+        `AutoPeftModelForSequenceClassification`, loads it.
         """
         self._require_adapter(role)
         state = get_peft_model_state_dict(self.peft, adapter_name=role, save_embedding_layers=False)
@@ -337,7 +299,7 @@ class SharedBase:
             "revision": self._settings.model_revision,
         }
         if role in self.heads:
-            state[_SCORE_KEY] = self.heads[role].weight
+            state[SCORE_KEY] = self.heads[role].weight
             config |= {"task_type": "SEQ_CLS", "modules_to_save": ["score"]}
         plain = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}

@@ -56,7 +56,7 @@ class Chain(Part):
 
 
 class RewardEvaluation(Part):
-    """``evaluation.json`` of the reward stage."""
+    """``calibration.json`` of the reward stage."""
 
     heldout: dict[str, Rate]
     nll: float | None = None
@@ -190,7 +190,7 @@ def read_run(folder: Path) -> Run:
         sft=_metrics(done["sft"]) if "sft" in done else [],
         quality=_object(done["label"] / "quality.json", Quality) if "label" in done else None,
         reward=_metrics(done["reward"]) if "reward" in done else [],
-        reward_evaluation=_object(done["reward"] / "evaluation.json", RewardEvaluation) if "reward" in done else None,
+        reward_evaluation=_object(done["reward"] / "calibration.json", RewardEvaluation) if "reward" in done else None,
         ppo=_metrics(done["ppo"]) if "ppo" in done else [],
         ppo_samples=_rows(done["ppo"] / "samples.jsonl", PpoSample) if "ppo" in done else [],
         results=_results(done["evaluate"] / "results.json") if "evaluate" in done else None,

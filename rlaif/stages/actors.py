@@ -1,6 +1,5 @@
 """Who takes part in PPO: the roles on the shared base, and what each says of a batch of responses."""
 
-import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,10 +14,11 @@ from rlaif.recipe import PpoSection
 from rlaif.records import Prompt
 from rlaif.stages.checkpoints import CRITIC, POLICY
 from rlaif.stages.judged_reward import reward_function
+from rlaif.stages.reward_model import RewardModel, read_calibration
 from rlaif.stages.rewards import RewardFunction, call_function
 from rlaif.stages.run import Run
 
-REFERENCE, REWARD = "reference", "reward"
+REFERENCE = "reference"
 
 
 @dataclass
@@ -30,8 +30,10 @@ class Actors:
     reference: str
     own_critic: bool  # the critic has an adapter of its own
     function: RewardFunction | None
+    model: RewardModel | None = None
     offset: float = 0.0
     scale: float = 1.0
+    critic_offset: float = 0.0  # taken off what the critic's head says, to be in units of the reward model
 
 
 def assign_roles(run: Run) -> Actors:
@@ -52,12 +54,15 @@ def assign_roles(run: Run) -> Actors:
     if settings.reward_function:
         actors.function = reward_function(run, base, "ppo")
     else:
-        measured = json.loads(run.output("reward", "evaluation.json").read_text(encoding="utf-8"))
-        refuse_weak_reward(run, measured)
-        actors.offset, actors.scale = measured["offset"], measured["scale"]
-        base.add_role(REWARD, adapter=run.output("reward", "adapter"))
-    if own_critic and actors.function is None:
-        base.add_role(CRITIC, trainable=True, adapter=run.output("reward", "adapter"))
+        stage = run.output("reward", "adapter").parent
+        refuse_weak_reward(run, read_calibration(stage))
+        actors.model = RewardModel.load(base, stage, settings.reward_model)
+        actors.offset, actors.scale = actors.model.scale
+    if own_critic and actors.model:
+        weight, actors.critic_offset = actors.model.critic_start()
+        base.add_role(CRITIC, trainable=True, adapter=run.output("reward", "adapter"), outputs=1)
+        with torch.no_grad():
+            base.heads[CRITIC].weight.copy_(weight)
     elif own_critic:
         base.add_role(CRITIC, trainable=True, head=True)
     else:
@@ -96,9 +101,8 @@ def score(actors: Actors, rows: list[Prompt], responses: list[str], batch: Batch
         columns = {"tag": [row.tag for row in rows], "id": [row.id for row in rows]}
         values = call_function(name, actors.function, [row.prompt for row in rows], responses, **columns)
         return torch.tensor(values, device=actors.base.device)
-    with actors.base.acting_as(REWARD):
-        parts = [sampling.scores(actors.base, REWARD, part) for part in in_microbatches(batch, actors.settings)]
-    return torch.cat(parts)
+    assert actors.model, "without a function a reward model scores"
+    return torch.cat([actors.model.score(part) for part in in_microbatches(batch, actors.settings)])
 
 
 def calibrate(actors: Actors, raw: Tensor) -> dict[str, float]:
@@ -138,7 +142,7 @@ def critic_values(actors: Actors, batch: Batch, hidden: Tensor) -> Tensor:
     length = batch.response_ids.shape[1]
     values = actors.base.head(CRITIC, hidden[:, -length - 1 : -1])
     if actors.own_critic and actors.function is None:  # started from the reward model, in its units
-        values = (values - actors.offset) / actors.scale
+        values = (values - actors.critic_offset - actors.offset) / actors.scale
     return values * batch.response_mask
 
 

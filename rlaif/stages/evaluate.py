@@ -8,7 +8,6 @@ Writes ``results.json`` and ``responses.jsonl``.
 """
 
 import itertools
-import json
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -22,15 +21,16 @@ from rlaif.maths import agreement
 from rlaif.model import sampling
 from rlaif.model.roles import BASE, SharedBase
 from rlaif.records import Prompt
+from rlaif.sections import Combination
 from rlaif.stages.judge import judge
 from rlaif.stages.judged_reward import reward_function, reward_inputs
 from rlaif.stages.revise import question
+from rlaif.stages.reward_model import CALIBRATION, RewardModel
 from rlaif.stages.rewards import call_function
 from rlaif.stages.run import Run, path_sha256, templates
 from rlaif.stages.verdicts import Judge, JudgeSettings, Pair, Verdict
 
 NAME = "evaluate"
-REWARD = "reward"
 _MICROBATCH = 8
 _SAMPLES_PER_TAG = 5
 _NO_PAIRS = {"n": 0, "count": 0.0, "rate": None, "low": None, "high": None}  # where the judge answered nothing
@@ -67,6 +67,7 @@ def inputs(run: Run) -> dict[str, str]:
             "sft": run.stage_folder("sft") / "adapter",
             "ppo": run.stage_folder("ppo") / "policy",
             "reward": run.stage_folder("reward") / "adapter",
+            "reward.calibration": run.stage_folder("reward") / CALIBRATION,
         },
         constitution=run.constitution.hash_of("principles", "comparisons"),
         judge=[run.recipe.label.few_shot, run.recipe.label.debias],
@@ -86,10 +87,11 @@ def evaluate(run: Run) -> dict[str, Any]:
     for name, adapter in policies.items():
         if adapter is not None:
             base.add_role(name, adapter=adapter)
-    if run.has_output("reward"):
-        base.add_role(REWARD, adapter=run.output("reward", "adapter"))
+    model = RewardModel.load(base, run.stage_folder("reward"), Combination()) if run.has_output("reward") else None
     reference = "sft" if "sft" in policies else BASE
-    responses = {name: respond_as(run, base, name, adapter, prompts, reference) for name, adapter in policies.items()}
+    responses = {
+        name: respond_as(run, base, name, adapter, prompts, reference, model) for name, adapter in policies.items()
+    }
     wins = win_rates(run, base, responses) if settings.judge_prompts_per_tag else []
     result = {
         "policies": list(policies),
@@ -150,7 +152,13 @@ def answers_as(run: Run, base: SharedBase, role: str, adapter: Any, prompts: Seq
 
 
 def respond_as(
-    run: Run, base: SharedBase, role: str, adapter: Any, prompts: Sequence[Prompt], reference: str
+    run: Run,
+    base: SharedBase,
+    role: str,
+    adapter: Any,
+    prompts: Sequence[Prompt],
+    reference: str,
+    model: RewardModel | None,
 ) -> list[Response]:
     """Let one policy answer all prompts, and measure its answers."""
     answers = answers_as(run, base, role, adapter, prompts)
@@ -159,7 +167,7 @@ def respond_as(
         (base.tokenizer.prompt(prompt.messages), base.tokenizer.response(answer.text, ended=answer.ended))
         for prompt, answer in zip(prompts, answers, strict=True)
     ]
-    scores, divergences = score_and_kl(run, base, role, reference, prompts, texts, encoded)
+    scores, divergences = score_and_kl(run, base, role, reference, prompts, texts, encoded, model)
     return [
         Response(prompt, answer.text, answer.ended, answer.tokens, filters.is_refusal(answer.text), score, kl)
         for prompt, answer, score, kl in zip(prompts, answers, scores, divergences, strict=True)
@@ -175,25 +183,22 @@ def score_and_kl(
     prompts: Sequence[Prompt],
     texts: Sequence[str],
     encoded: Sequence[tuple[list[int], list[int]]],
+    model: RewardModel | None,
 ) -> tuple[list[float | None], list[float]]:
     """Return each response's score on PPO's scale (None without a reward) and its log-ratio to the reference."""
     scores: list[float | None] = [None] * len(texts)
     kls = [0.0] * len(texts)
     name = run.recipe.ppo.reward_function if "ppo" in run.recipe.stages else None
-    measured = None
     if name:
         found = reward_function(run, base, NAME)
         columns = {"tag": [prompt.tag for prompt in prompts], "id": [prompt.id for prompt in prompts]}
         scores = list(call_function(name, found, [prompt.prompt for prompt in prompts], texts, **columns))
-    elif REWARD in base.heads:
-        measured = json.loads(run.output("reward", "evaluation.json").read_text(encoding="utf-8"))
     with run.progress.task(f"scores of {role}", len(texts)) as task:
         for rows in sampling.batches_by_length([len(p) + len(r) for p, r in encoded], _MICROBATCH):
             pairs = [(encoded[row][0], encoded[row][1] or [base.tokenizer.end_of_turn]) for row in rows]
             batch = sampling.pack(base, *zip(*pairs, strict=True))
-            if measured is not None:
-                with base.acting_as(REWARD):
-                    values = (sampling.scores(base, REWARD, batch) - measured["offset"]) / measured["scale"]
+            if model and not name:
+                values = (model.score(batch) - model.scale.offset) / model.scale.scale
                 for row, value in zip(rows, values.tolist(), strict=True):
                     scores[row] = value
             if role != reference:

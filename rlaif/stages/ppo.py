@@ -35,6 +35,7 @@ from rlaif.records import Prompt, read_jsonl
 from rlaif.stages.actors import Actors, assign_roles, calibrate, critic_values, judge_tokens, score
 from rlaif.stages.checkpoints import CRITIC, POLICY, SAMPLES, restore, save
 from rlaif.stages.judged_reward import reward_inputs
+from rlaif.stages.reward_model import CALIBRATION
 from rlaif.stages.run import Run
 from rlaif.stages.training import METRICS
 
@@ -64,7 +65,7 @@ def inputs(run: Run) -> dict[str, str]:
         files={
             "sft": run.stage_folder("sft") / "adapter",
             "reward": run.stage_folder("reward") / "adapter",
-            "reward.evaluation": run.stage_folder("reward") / "evaluation.json",
+            "reward.calibration": run.stage_folder("reward") / CALIBRATION,
         },
         prompts=run.prompts_hash(run.select("train", settings.prompts_per_tag)),
         **reward_inputs(run),

@@ -1,110 +1,58 @@
-"""Stage `reward`: a LoRA adapter and an fp32 scalar head on the shared base, trained on comparisons.
+"""Stage `reward`: LoRA adapters with fp32 heads on the shared base, trained on comparisons, rankings and ratings.
 
-Loss: Bradley-Terry with soft labels and an optional margin (Bai et al. 2022, section 4; Llama-2, arXiv 2307.09288,
-section 3.2.2), plus a small penalty that keeps scores centred (Eisenstein et al. 2023, arXiv 2312.09244). The score is
-read at the last token of the answer.
+The loss is Bradley-Terry with soft labels and an optional margin (Bai et al. 2022, section 4; Llama-2, arXiv
+2307.09288, section 3.2.2) or what the recipe names, plus a small penalty that keeps scores centred (Eisenstein et al.
+2023, arXiv 2312.09244). The score is read at the last token of the answer. With `cost`, a second adapter learns how
+harmful an answer is (Safe RLHF, arXiv 2310.12773), above 0 for unsafe.
 
-Writes ``adapter/`` (PEFT, sequence classification), ``metrics.jsonl`` and ``evaluation.json``: accuracy on held-out
-pairs for each tag beside trivial baselines, and the shift and scale that `ppo` applies.
+Writes ``adapter/`` (PEFT, sequence classification), ``metrics.jsonl`` and ``calibration.json``: what the model is
+worth on held-out rows, and the shift and scale that `ppo` applies. Further adapters and the cost adapter stand in
+folders of their own (``reward-2/``, ``cost/``). ``unused.jsonl`` holds the rows that nothing could be learned from,
+``suspects.jsonl`` the labels that the model disbelieves.
 """
 
-import hashlib
-import math
-from collections.abc import Sequence
+import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from datasets import Dataset
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from transformers import PrinterCallback, Trainer, TrainingArguments
+from torch import nn
 
-from rlaif import files, filters
+from rlaif import files
 from rlaif.errors import DataError
-from rlaif.maths import agreement
-from rlaif.maths.losses import bradley_terry, centering_penalty
-from rlaif.model import sampling
 from rlaif.model.roles import SharedBase
-from rlaif.records import Comparison, read_rows, text_of
+from rlaif.records import Comparison, Demonstration, Ranking, Rating, Row, read_rows
+from rlaif.sections import Combination
+from rlaif.stages import reward_calibration as worth
+from rlaif.stages.reward_data import (
+    Labelled,
+    Split,
+    Usable,
+    cost_examples,
+    count_reasons,
+    examples,
+    has_safety,
+    split_rows,
+    standard_ratings,
+    usable,
+)
+from rlaif.stages.reward_model import CALIBRATION, COST, REWARD, RewardModel, Scale, part_folder, roles_of
+from rlaif.stages.reward_training import Job, train
 from rlaif.stages.run import Run
-from rlaif.stages.training import Recorder, arguments, resume_point, step_of, steps_of, train_to
 
 NAME = "reward"
-ROLE = "reward"
-_STATE = "role.safetensors"
-
-
-class Split(NamedTuple):
-    """Comparisons to train on and to measure with."""
-
-    train: list[Comparison]
-    heldout: list[Comparison]
-
-
-class PairScorer(nn.Module):
-    """The shared base as a module that `Trainer` can hold; scores a batch of packed prompts and answers."""
-
-    def __init__(self, base: SharedBase):
-        super().__init__()
-        self.lm, self.heads = base.lm, base.heads
-        self._base = [base]  # in a list, so that it is not taken for a submodule
-
-    @property
-    def base(self) -> SharedBase:
-        """The shared base."""
-        return self._base[0]
-
-    def forward(self, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
-        """Return the score of each row ``[2 B]``: chosen answers first, then rejected ones."""
-        batch = sampling.Batch(ids, mask, positions, ids, mask.bool())
-        return sampling.scores(self.base, ROLE, batch)
-
-
-class RewardTrainer(Trainer):  # type: ignore[misc]
-    """`Trainer` with the preference loss; its checkpoints hold the reward role alone."""
-
-    def __init__(self, *args: Any, centering: float, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self._centering = centering
-        self._seen: list[tuple[float, float]] = []
-
-    def compute_loss(self, model: PairScorer, inputs: dict[str, Tensor], return_outputs: bool = False, **_: Any) -> Any:
-        """Return the mean loss of a batch of pairs."""
-        scores = model(inputs["ids"], inputs["mask"], inputs["positions"])
-        chosen, rejected = scores.chunk(2)
-        loss = bradley_terry(chosen, rejected, inputs["preference"], inputs["margin"])
-        loss = loss + self._centering * centering_penalty(chosen, rejected)
-        gap = (chosen - rejected).detach()
-        self._seen.append(((gap > 0).float().mean().item(), gap.mean().item()))
-        return (loss.mean(), {"scores": scores}) if return_outputs else loss.mean()
-
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Add accuracy and margin on the training pairs since the last entry."""
-        if self._seen and "loss" in logs:
-            accuracy, margin = (sum(column) / len(self._seen) for column in zip(*self._seen, strict=True))
-            logs = {**logs, "accuracy": accuracy, "margin": margin}
-            self._seen = []
-        super().log(logs, *args, **kwargs)
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        folder = Path(output_dir or self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        state = {name: p.detach().cpu().contiguous() for name, p in self.model.base.named_parameters_of(ROLE)}
-        save_file(state, folder / _STATE)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        state = load_file(Path(resume_from_checkpoint) / _STATE)
-        with torch.no_grad():
-            for name, parameter in self.model.base.named_parameters_of(ROLE):
-                parameter.copy_(state[name])
+_FILES: dict[str, type[Row]] = {"comparisons": Comparison, "rankings": Ranking, "ratings": Rating}
+_MEAN = Combination()
 
 
 def inputs(run: Run) -> dict[str, str]:
     """Return what this stage's result depends on."""
-    path = run.stage_folder("label") / "comparisons.jsonl"
+    label = run.stage_folder("label")
+    names = {name: label / f"{name}.jsonl" for name in _FILES}
+    rows = {name: path for name, path in names.items() if name == "comparisons" or path.is_file()}
     start = starting_adapter(run)
-    return run.inputs(run.recipe.reward, files={"comparisons": path} | ({"sft": start} if start else {}))
+    reference = {"demonstrations": _demonstrations(run)} if "revise" in run.recipe.stages else {}
+    return run.inputs(run.recipe.reward, files={**rows, **reference, **({"sft": start} if start else {})})
 
 
 def starting_adapter(run: Run) -> Path | None:
@@ -113,145 +61,163 @@ def starting_adapter(run: Run) -> Path | None:
     return run.stage_folder("sft") / "adapter" if wanted else None
 
 
+def _demonstrations(run: Run) -> Path:
+    return run.stage_folder("revise") / "demonstrations.jsonl"
+
+
 def reward(run: Run) -> dict[str, Any]:
     """Run the stage; return the counts for its manifest."""
     settings, folder = run.recipe.reward, run.stage_folder(NAME)
-    comparisons = read_rows(run.output("label", "comparisons.jsonl"), Comparison)
+    rows = read_labels(run)
     base = run.load_base()
-    start = run.output("sft", "adapter") if starting_adapter(run) else None
-    base.add_role(ROLE, trainable=True, head=True, adapter=start)
-    head = dict(base.named_parameters_of(ROLE))[f"heads.{ROLE}.weight"]
-    nn.init.normal_(head, std=(base.hidden_size + 1) ** -0.5)  # Huang et al. 2024, detail 11
-    fitting = [row for row in comparisons if _length(base, row) <= min(settings.max_length, base.max_length)]
-    split = split_pairs(fitting, settings.heldout_fraction)
-    decided = [row for row in split.heldout if row.preference > 0.5]
-    if not split.train or not decided:
-        raise DataError(
-            f"{folder}: {len(comparisons)} comparisons, {len(fitting)} of them short enough, give {len(split.train)} "
-            f"to train on and {len(decided)} to measure with that prefer one answer; both need some. Label more, or "
-            "raise reward.max_length or reward.heldout_fraction."
-        )
-    steps = steps_of(settings, len(split.train))
-    checkpoint = resume_point(run, folder)
-    with run.progress.task("training", steps - step_of(checkpoint)) as task, base.acting_as(ROLE, training=True):
-        trainer = RewardTrainer(
-            model=PairScorer(base),
-            args=TrainingArguments(**arguments(run, settings, folder)),
-            train_dataset=Dataset.from_list([encode(base, row) for row in split.train]),
-            data_collator=lambda rows: collate(base, rows),
-            callbacks=[Recorder(folder, NAME, task)],
-            centering=settings.center_rewards_coefficient,
-        )
-        trainer.remove_callback(PrinterCallback)
-        train_to(trainer, checkpoint, steps)
-    base.save_role(ROLE, folder / "adapter")
-    result = evaluate(base, split, settings.microbatch)
-    result |= {"min_heldout_accuracy": settings.min_heldout_accuracy, "train_pairs": len(split.train)}
-    files.write_json(folder / "evaluation.json", result)
-    return {
-        "comparisons": len(comparisons),
-        "too_long": len(comparisons) - len(fitting),
+    found = usable(base, rows, settings.max_length)
+    files.write_jsonl(folder / "unused.jsonl", found.unused)
+    dev_fraction = settings.heldout_fraction if settings.early_stopping_patience else 0.0
+    split = split_rows(found.rows, settings.heldout_fraction, dev_fraction=dev_fraction)
+    refuse_too_few(run, rows, found, split)
+    roles = roles_of(REWARD, settings.num_adapters)
+    steps = [train_role(run, base, role, split) for role in roles][0]
+    measured = measure(run, base, roles, split)
+    counts = {
+        "rows": len(rows),
+        **{
+            f"unused_{reason.replace(' ', '_')}": count
+            for reason, count in count_reasons(found.unused).items()
+            if count
+        },
+        "contradictory": found.contradictory,
         "train": len(split.train),
+        **({"dev": len(split.dev)} if split.dev else {}),
         "heldout": len(split.heldout),
         "steps": steps,
-        "heldout_accuracy": result["heldout"]["all"]["rate"],
+        "heldout_accuracy": measured["heldout"]["all"]["rate"],
     }
+    if settings.cost:
+        counts |= train_cost(run, base, split)
+    return counts
 
 
-def encode(base: SharedBase, row: Comparison) -> dict[str, Any]:
-    """Encode a comparison: ids of the prompt and of both answers, each closed by the end of a turn."""
-    tokenizer = base.tokenizer
-    return {
-        "prompt": tokenizer.prompt(row.prompt),
-        "chosen": tokenizer.response(text_of(row.chosen)),
-        "rejected": tokenizer.response(text_of(row.rejected)),
-        "preference": row.preference,
-        "margin": row.margin or 0.0,
-    }
+def read_labels(run: Run) -> list[Labelled]:
+    """Read the comparisons, rankings and ratings that the stage `label` wrote."""
+    rows: list[Labelled] = []
+    for name, kind in _FILES.items():
+        path = run.stage_folder("label") / f"{name}.jsonl"
+        if name == "comparisons":
+            run.output("label", path.name)
+        if path.is_file() and path.stat().st_size:
+            rows += read_rows(path, kind)  # type: ignore[arg-type]
+    return rows
 
 
-def collate(base: SharedBase, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-    """Pack pairs into one batch: all chosen answers, then all rejected ones."""
-    prompts = [row["prompt"] for row in rows] * 2
-    batch = sampling.pack(base, prompts, [row["chosen"] for row in rows] + [row["rejected"] for row in rows])
-    return {
-        "ids": batch.ids,
-        "mask": batch.mask,
-        "positions": batch.positions,
-        "preference": torch.tensor([row["preference"] for row in rows], device=base.device),
-        "margin": torch.tensor([row["margin"] for row in rows], device=base.device),
-    }
+def refuse_too_few(run: Run, rows: list[Labelled], found: Usable, split: Split) -> None:
+    """Stop where nothing is left to train on or to measure with.
 
-
-def split_pairs(rows: Sequence[Comparison], fraction: float) -> Split:
-    """Hold out pairs by prompt, for each tag: those marked ``eval``, else a share chosen by a hash of the prompt.
-
-    All pairs of a prompt stand on one side, whatever their tags and marks: measured is what was never trained on.
+    Raises:
+        DataError: says how many rows there were, why others were set aside, and what to change.
     """
-    out: set[str] = set()
-    for tag in sorted({row.tag for row in rows}):
-        group = [row for row in rows if row.tag == tag]
-        marked = {_prompt_key(row) for row in group if row.split == "eval"}
-        prompts = sorted({_prompt_key(row) for row in group})
-        out |= marked or set(prompts[: math.ceil(fraction * len(prompts))])
-    ordered = sorted(rows, key=lambda row: row.tag)  # stable: within a tag as in the file
-    train = [row for row in ordered if _prompt_key(row) not in out]
-    return Split(train, [row for row in ordered if _prompt_key(row) in out])
+    decided = [row for row in split.heldout if isinstance(row, Comparison) and row.preference > 0.5]
+    if split.train and decided:
+        return
+    reasons = ", ".join(f"{reason}: {count}" for reason, count in count_reasons(found.unused).items() if count)
+    raise DataError(
+        f"{run.stage_folder(NAME)}: {len(rows)} rows, {len(found.rows)} usable ({reasons or 'none set aside'}), "
+        f"give {len(split.train)} to train on and {len(decided)} comparisons to measure with that prefer one answer; "
+        "both need some. Label more, or raise reward.max_length or reward.heldout_fraction."
+    )
 
 
-def _prompt_key(row: Comparison) -> str:
-    return hashlib.sha256(repr(row.prompt).encode()).hexdigest()
+def train_role(run: Run, base: SharedBase, role: str, split: Split) -> int:
+    """Train one adapter and its head, or load it where an interrupted run has finished it; return the steps taken."""
+    settings = run.recipe.reward
+    folder = part_folder(run.stage_folder(NAME), role)
+    if (folder / "adapter").is_dir():  # of this very run: other inputs would have emptied the stage's folder
+        base.add_role(role, adapter=folder / "adapter")
+        return int(json.loads((folder / "trained.json").read_text(encoding="utf-8"))["steps"])
+    seed = run.recipe.seed if role == REWARD else run.seed(NAME, role) % 2**32
+    torch.manual_seed(seed)
+    start = run.output("sft", "adapter") if starting_adapter(run) else None
+    base.add_role(role, trainable=True, head=True, outputs=1 if role == COST else settings.num_heads, adapter=start)
+    nn.init.normal_(base.heads[role].weight, std=(base.hidden_size + 1) ** -0.5)  # Huang et al. 2024, detail 11
+    rated = standard_ratings([*split.train, *split.dev, *split.heldout])
+    learned, watched = (
+        cost_examples(base, part, settings) if role == COST else examples(base, part, settings, rated)
+        for part in (split.train, split.dev or split.heldout)
+    )
+    job = Job(role, folder, learned, watched, seed)
+    if not job.train:
+        raise DataError(f"{folder}: no row of weight above 0 is left to train on. Look at reward.weights.")
+    steps = train(run, base, job, settings)
+    files.write_json(folder / "trained.json", {"steps": steps, "examples": len(job.train)})
+    base.save_role(role, folder / "adapter")
+    return steps
 
 
-def _length(base: SharedBase, row: Comparison) -> int:
-    pair = encode(base, row)
-    return len(pair["prompt"]) + max(len(pair["chosen"]), len(pair["rejected"]))
-
-
-@torch.no_grad()
-def evaluate(base: SharedBase, split: Split, microbatch: int) -> dict[str, Any]:
-    """Measure the reward role on held-out pairs, beside rules that need no model."""
-    rows = split.heldout
-    gaps: list[float] = []
-    scores: list[float] = []
-    for start in range(0, len(rows), microbatch):
-        batch = collate(base, [encode(base, row) for row in rows[start : start + microbatch]])
-        packed = sampling.Batch(batch["ids"], batch["mask"], batch["positions"], batch["ids"], batch["mask"].bool())
-        with base.acting_as(ROLE):
-            values = sampling.scores(base, ROLE, packed)
-        chosen, rejected = values.chunk(2)
-        gaps += (chosen - rejected).tolist()
-        scores += values.tolist()
-    decided = [index for index, row in enumerate(rows) if row.preference > 0.5]
-    tags = sorted({rows[index].tag for index in decided if rows[index].tag})
-    gap = torch.tensor(gaps)
-    preference = torch.tensor([row.preference for row in rows])
-    values = torch.tensor(scores)
-    return {
-        "heldout": {"all": _rate([gaps[i] > 0 for i in decided])}
-        | {tag: _rate([gaps[i] > 0 for i in decided if rows[i].tag == tag]) for tag in tags},
-        "nll": bradley_terry(gap, torch.zeros_like(gap), preference).mean().item(),
-        "baselines": baselines([rows[index] for index in decided]),
-        "heldout_pairs": len(rows),
-        "offset": values.mean().item(),
-        "scale": max(values.std(correction=0).item(), 1e-6),
+def measure(run: Run, base: SharedBase, roles: list[str], split: Split) -> dict[str, Any]:
+    """Measure the reward model on held-out rows; write ``calibration.json`` and ``suspects.jsonl``."""
+    settings, folder = run.recipe.reward, run.stage_folder(NAME)
+    members = sum(base.heads[role].weight.shape[0] for role in roles)
+    model = RewardModel(base, roles, [Scale(0.0, 1.0)] * members, _MEAN)
+    heldout = worth.score_rows(model, split.heldout, settings.microbatch, run.progress, "scores of held-out rows")
+    scored = torch.cat(heldout.members)
+    demonstrations = read_rows(_demonstrations(run), Demonstration) if run.has_output("revise") else []
+    source, reference = worth.references(demonstrations, heldout)
+    groups = [worth.encode_group(model, prompt, [answer]) for prompt, answer in reference]
+    sizes = range(0, len(groups), settings.microbatch)
+    centre = torch.cat([model.members(groups[i : i + settings.microbatch]).cpu() for i in sizes]) if groups else scored
+    model.scales = [
+        Scale(centred.offset, spread.scale)
+        for centred, spread in zip(worth.scales_of(centre), worth.scales_of(scored), strict=True)
+    ]
+    rows, gaps = worth.pairs_of(heldout, model.combine)
+    seen = [row for row in split.train if isinstance(row, Comparison)]
+    result = worth.describe_pairs(rows, gaps, seen)
+    result |= {
+        "min_heldout_accuracy": settings.min_heldout_accuracy,
+        "train_pairs": len(seen),
+        "train_rows": len(split.train),
+        "offset": model.scale.offset,
+        "scale": model.scale.scale,
+        "members": [one._asdict() for one in model.scales],
+        "reference": source,
+        "length_correlation": worth.length_correlation(heldout, model.combine),
+        "counterfactual": worth.counterfactual_gaps(model, split.heldout, model.scale.scale, settings.microbatch),
     }
+    if settings.suspects:
+        every = split.train + split.dev
+        own = worth.score_rows(model, every, settings.microbatch, run.progress, "scores of train rows")
+        both = worth.Scored(own.rows + heldout.rows, own.members + heldout.members)
+        files.write_jsonl(folder / "suspects.jsonl", worth.suspects(both, settings.suspects))
+    files.write_json(folder / CALIBRATION, result)
+    return result
 
 
-def baselines(rows: Sequence[Comparison]) -> dict[str, Any]:
-    """Return the accuracy of rules that look at length or at refusal words only; a tie counts as half right."""
+def train_cost(run: Run, base: SharedBase, split: Split) -> dict[str, Any]:
+    """Train the cost adapter on the comparisons that speak of safety; return counts.
 
-    def accuracy(feature: Any) -> dict[str, Any]:
-        pairs = [(feature(text_of(row.chosen)), feature(text_of(row.rejected))) for row in rows]
-        wins = sum(chosen > rejected for chosen, rejected in pairs)
-        return agreement.win_rate(wins, sum(a == b for a, b in pairs), len(pairs))._asdict()
-
-    return {
-        "longer": accuracy(len),
-        "shorter": accuracy(lambda text: -len(text)),
-        "refusal_words": accuracy(filters.is_refusal),
-    }
-
-
-def _rate(right: Sequence[bool]) -> dict[str, Any]:
-    return agreement.wilson(sum(right), len(right))._asdict()
+    Raises:
+        DataError: there are none, or every answer has the same sign, from which no boundary can be learned.
+    """
+    settings, folder = run.recipe.reward, part_folder(run.stage_folder(NAME), COST)
+    own = Split(*([row for row in part if isinstance(row, Comparison) and has_safety(row)] for part in split))
+    told = [row for row in own.train if isinstance(row, Comparison)]
+    signs = [safe for row in told for safe in (row.chosen_safe, row.rejected_safe) if safe is not None]
+    if not own.heldout or len(set(signs)) < 2:
+        raise DataError(
+            f"{folder}: reward.cost needs comparisons with `safer`, `chosen_safe` or `rejected_safe`, answers of both "
+            f"signs among them, and some held out; found {len(told)} to train on with {signs.count(True)} safe and "
+            f"{signs.count(False)} unsafe answers, and {len(own.heldout)} held out. Set label.safety, or bring rows "
+            "with these columns."
+        )
+    steps = train_role(run, base, COST, own)
+    model = RewardModel(base, [COST], [Scale(0.0, 1.0)], _MEAN)
+    heldout = worth.score_rows(model, own.heldout, settings.microbatch, run.progress, "costs of held-out rows")
+    costs = [model.combine(members) for members in heldout.members]
+    rows = [row for row in heldout.rows if isinstance(row, Comparison)]
+    scale = worth.scales_of(torch.cat(costs).unsqueeze(1))[0]
+    result = worth.describe_costs(rows, costs)
+    # Costs keep their zero, which is the boundary between safe and unsafe.
+    result |= {"offset": 0.0, "scale": scale.scale, "members": [{"offset": 0.0, "scale": scale.scale}]}
+    result |= {"train_rows": len(own.train)}
+    files.write_json(folder / CALIBRATION, result)
+    accuracy = result["sign"]["rate"] if result["sign"] else None
+    return {"cost_train": len(own.train), "cost_steps": steps, "cost_sign_accuracy": accuracy}

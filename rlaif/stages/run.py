@@ -1,6 +1,7 @@
 """What every stage is given: the recipe, the run folder, the journal, the constitution and the prompts."""
 
 import hashlib
+import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -146,6 +147,11 @@ class Run:
     def has_output(self, stage: str) -> bool:
         """Tell whether the recipe has this stage and it has finished."""
         return stage in self.recipe.stages and (self.stage_folder(stage) / "manifest.json").is_file()
+
+    @property
+    def processes(self) -> int:
+        """How many processes train together: more than 1 under `accelerate launch`."""
+        return int(os.environ.get("WORLD_SIZE", "1"))
 
     def load_base(self) -> SharedBase:
         """Load the base model afresh: each stage adds its own roles to it."""

@@ -55,11 +55,11 @@ def arguments(run: Run, settings: TrainingSection, folder: Path) -> dict[str, An
     }
 
 
-def resume_point(run: Run, folder: Path) -> str | None:
+def resume_point(run: Run, folder: Path, *, measured_at_end: bool = True) -> str | None:
     """Return the newest complete checkpoint and cut the metrics back to its step, or start the metrics anew.
 
-    The held-out loss after the last step is measured again, so its row goes. Unfinished checkpoints are removed, so
-    that none is taken for a newer one later.
+    With `measured_at_end` the held-out loss after the last step is measured again, so its row goes. Unfinished
+    checkpoints are removed, so that none is taken for a newer one later.
     """
     checkpoint = files.newest_complete(folder / CHECKPOINTS, "checkpoint-*")
     step = step_of(checkpoint)
@@ -70,7 +70,8 @@ def resume_point(run: Run, folder: Path) -> str | None:
     if path.exists():
         files.repair_jsonl(path)
     rows = [row for _, row in read_jsonl(path)] if path.exists() else []
-    again = [row for row in rows if row["step"] == step and any(key.endswith("/heldout_loss") for key in row)]
+    measured = [row for row in rows if any(key.endswith("/heldout_loss") for key in row)] if measured_at_end else []
+    again = [row for row in measured if row["step"] == step]
     kept = [row for row in rows if row["step"] <= step and row not in again] if checkpoint else []
     files.write_jsonl(path, kept)
     if checkpoint:
@@ -121,7 +122,7 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
                 f"{self._prefix}: the loss is {loss} at step {state.global_step}. Lower {self._prefix}.learning_rate "
                 f"or {self._prefix}.max_grad_norm, then run again."
             )
-        names = {"grad_norm": "gradient_norm", "eval_loss": "heldout_loss"}
+        names = {"grad_norm": "gradient_norm", "eval_loss": "heldout_loss", "eval_accuracy": "heldout_accuracy"}
         skipped = ("epoch", "total_flos", "num_tokens", "entropy", "mean_token_accuracy")
         row = {
             f"{self._prefix}/{names.get(key, key)}": value
@@ -130,7 +131,7 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
             and math.isfinite(value)
             and key not in skipped
             and not key.startswith("train_")
-            and not (key.startswith("eval_") and key != "eval_loss")
+            and not (key.startswith("eval_") and key not in names)
         }
         if row:
             files.append_jsonl(self._folder / METRICS, {"step": state.global_step, **row})
@@ -153,9 +154,9 @@ def last_metrics(folder: Path) -> dict[str, Any]:
     return result
 
 
-def steps_of(settings: TrainingSection, rows: int) -> int:
+def steps_of(settings: TrainingSection, rows: int, processes: int = 1) -> int:
     """Return how many optimizer steps a training takes."""
     if settings.max_steps > 0:
         return settings.max_steps
-    per_step = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
+    per_step = settings.per_device_train_batch_size * settings.gradient_accumulation_steps * processes
     return max(1, math.ceil(settings.num_train_epochs * -(-rows // per_step)))

@@ -1,0 +1,225 @@
+"""What the reward and cost adapters learn from: comparisons, rankings and ratings as examples of token ids.
+
+An example is one prompt with its answers, 1 of a rating, 2 of a comparison, K of a ranking. All rows are accounted
+for: those that cannot be used are set aside with a reason, and those that contradict each other are counted.
+"""
+
+import hashlib
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+from rlaif.documents import fingerprint
+from rlaif.errors import DataError
+from rlaif.maths.preference import standardize_by_annotator
+from rlaif.model.roles import SharedBase
+from rlaif.recipe import PairLoss, RewardSection
+from rlaif.records import Comparison, Messages, Ranking, Rating, text_of
+
+Kind = Literal["pair", "ranking", "rating", "cost"]
+Labelled = Comparison | Ranking | Rating
+EMPTY, IDENTICAL, LONG = "empty answer", "identical answers", "longer than max_length"
+REASONS = (EMPTY, IDENTICAL, LONG)
+
+
+@dataclass(frozen=True)
+class Example:
+    """One prompt with its answers, and what the labels say of them.
+
+    For a pair the first answer is the chosen one; `preference` is P(chosen is better) and `loss` says how it counts.
+    For `cost` the first answer is again the chosen one; `preference` is P(chosen is the *more harmful* one), None where
+    the row does not say, and `signs` are +1 unsafe, -1 safe, 0 unknown.
+    """
+
+    kind: Kind
+    id: str
+    prompt: list[int]
+    responses: list[list[int]]
+    weight: float = 1.0
+    preference: float | None = 1.0
+    margin: float = 0.0
+    loss: PairLoss = field(default_factory=PairLoss)
+    ranks: list[int] = field(default_factory=list)
+    rating: float = 0.0
+    signs: tuple[float, float] = (0.0, 0.0)
+
+    def __len__(self) -> int:
+        """Return the number of tokens that a forward pass computes."""
+        return len(self.prompt) + sum(map(len, self.responses))
+
+
+class Split(NamedTuple):
+    """Rows to train on, to stop training by, and to measure with."""
+
+    train: list[Labelled]
+    dev: list[Labelled]
+    heldout: list[Labelled]
+
+
+class Usable(NamedTuple):
+    """Rows that can be used, those that cannot (``{"id", "reason"}``), and how many contradict another one."""
+
+    rows: list[Labelled]
+    unused: list[dict[str, str]]
+    contradictory: int
+
+
+def answers_of(row: Labelled) -> list[Messages]:
+    """Return a row's answers, the chosen or best one first where the row is a comparison or a ranking in order."""
+    if isinstance(row, Comparison):
+        return [row.chosen, row.rejected]
+    return row.responses if isinstance(row, Ranking) else [row.response]
+
+
+def usable(base: SharedBase, rows: Iterable[Labelled], max_length: int) -> Usable:
+    """Set aside rows that nothing can be learned from, each with its reason."""
+    kept: list[Labelled] = []
+    unused: list[dict[str, str]] = []
+    limit = min(max_length, base.max_length)
+    for row in rows:
+        texts = [text_of(answer).strip() for answer in answers_of(row)]
+        prompt = len(base.tokenizer.prompt(row.prompt))
+        longest = max(len(base.tokenizer.response(text_of(answer))) for answer in answers_of(row))
+        if not all(texts):
+            unused.append({"id": row.id, "reason": EMPTY})
+        elif len(set(texts)) < len(texts):
+            unused.append({"id": row.id, "reason": IDENTICAL})
+        elif prompt + longest > limit:
+            unused.append({"id": row.id, "reason": LONG})
+        else:
+            kept.append(row)
+    return Usable(kept, unused, contradictions(kept))
+
+
+def contradictions(rows: Sequence[Labelled]) -> int:
+    """Count comparisons whose two answers another row has the other way round.
+
+    They are kept: people do disagree, and together they say that the answers are about equally good.
+    """
+    pairs = {
+        (fingerprint(row.prompt), text_of(row.chosen), text_of(row.rejected))
+        for row in rows
+        if isinstance(row, Comparison) and row.preference > 0.5
+    }
+    return sum((prompt, rejected, chosen) in pairs for prompt, chosen, rejected in pairs)
+
+
+def split_rows(rows: Sequence[Labelled], fraction: float, *, dev_fraction: float = 0.0) -> Split:
+    """Hold out rows by prompt, for each tag: those marked ``eval``, else a share chosen by a hash of the prompt.
+
+    All rows of a prompt stand on one side, whatever their tags, kinds and marks: measured is what was never trained
+    on. Rows to stop training by are taken from those to train on, so that the measure stays untouched.
+    """
+    out: set[str] = set()
+    dev: set[str] = set()
+    for tag in sorted({row.tag for row in rows}):
+        group = [row for row in rows if row.tag == tag]
+        marked = {prompt_key(row) for row in group if row.split == "eval"}
+        prompts = sorted({prompt_key(row) for row in group})
+        chosen = marked or set(prompts[: math.ceil(fraction * len(prompts))])
+        rest = [prompt for prompt in prompts if prompt not in chosen]
+        out |= chosen
+        dev |= set(rest[: math.ceil(dev_fraction * len(rest))])
+    dev -= out
+    ordered = sorted(rows, key=lambda row: row.tag)  # stable: within a tag as in the file
+    return Split(
+        [row for row in ordered if prompt_key(row) not in out | dev],
+        [row for row in ordered if prompt_key(row) in dev],
+        [row for row in ordered if prompt_key(row) in out],
+    )
+
+
+def prompt_key(row: Labelled) -> str:
+    """Return a hash of a row's prompt."""
+    return hashlib.sha256(repr(row.prompt).encode()).hexdigest()
+
+
+def standard_ratings(rows: Sequence[Labelled]) -> dict[str, float]:
+    """Return the rating of each rating's id, standardized for each annotator, since one's 4 is another's 3.
+
+    Raises:
+        DataError: all ratings are the same, so that they tell no answer from another.
+    """
+    ratings = [row for row in rows if isinstance(row, Rating)]
+    if not ratings:
+        return {}
+    try:
+        standard = standardize_by_annotator([row.rating for row in ratings], [row.annotator for row in ratings])
+    except ValueError as problem:
+        raise DataError(f"reward: {problem}. Bring ratings that differ, or leave them out.") from None
+    return {row.id: value for row, value in zip(ratings, standard, strict=True)}
+
+
+def examples(
+    base: SharedBase, rows: Sequence[Labelled], settings: RewardSection, rated: dict[str, float]
+) -> list[Example]:
+    """Encode rows for the reward adapter; their weights are brought to an average of 1.
+
+    Args:
+        base: for its tokenizer.
+        rows: comparisons, rankings and ratings.
+        settings: the losses and weights by source and annotator.
+        rated: see `standard_ratings`, which looks at all rows.
+    """
+    return _weighted([_example(base, row, settings, rated) for row in rows])
+
+
+def _example(base: SharedBase, row: Labelled, settings: RewardSection, rated: dict[str, float]) -> Example:
+    common = _common(base, row, settings)
+    if isinstance(row, Ranking):
+        return Example("ranking", ranks=row.ranks, **common)
+    if isinstance(row, Rating):
+        return Example("rating", rating=rated[row.id], **common)
+    loss = settings.pair_losses.get(row.annotator) or settings.pair_losses.get(row.source) or settings.pair_loss
+    return Example("pair", preference=row.preference, margin=row.margin or 0.0, loss=loss, **common)
+
+
+def cost_examples(base: SharedBase, rows: Sequence[Labelled], settings: RewardSection) -> list[Example]:
+    """Encode the comparisons that say which answer is the safer one, or whether an answer is safe."""
+    found = [
+        Example(
+            "cost",
+            preference=None if row.safer is None else 1.0 - row.safer,
+            signs=(_sign(row.chosen_safe), _sign(row.rejected_safe)),
+            **_common(base, row, settings),
+        )
+        for row in rows
+        if isinstance(row, Comparison) and has_safety(row)
+    ]
+    return _weighted(found)
+
+
+def has_safety(row: Comparison) -> bool:
+    """Tell whether a comparison says anything of safety."""
+    return row.safer is not None or row.chosen_safe is not None or row.rejected_safe is not None
+
+
+def _sign(safe: bool | None) -> float:
+    return 0.0 if safe is None else -1.0 if safe else 1.0
+
+
+def _common(base: SharedBase, row: Labelled, settings: RewardSection) -> dict[str, Any]:
+    tokenizer = base.tokenizer
+    weights = settings.weights
+    by_label = weights.get(row.annotator, weights.get(row.source, 1.0))
+    return {
+        "id": row.id,
+        "prompt": tokenizer.prompt(row.prompt),
+        "responses": [tokenizer.response(text_of(answer)) for answer in answers_of(row)],
+        "weight": row.weight * by_label,
+    }
+
+
+def _weighted(found: list[Example]) -> list[Example]:
+    """Bring weights to an average of 1 and drop rows of weight 0, which nothing is learned from."""
+    heavy = [example for example in found if example.weight > 0]
+    mean = sum(example.weight for example in heavy) / len(heavy) if heavy else 1.0
+    return [Example(**{**vars(example), "weight": example.weight / mean}) for example in heavy]
+
+
+def count_reasons(unused: Sequence[dict[str, str]]) -> dict[str, int]:
+    """Return how many rows were set aside for each reason, all reasons named."""
+    counts = Counter(row["reason"] for row in unused)
+    return {reason: counts[reason] for reason in REASONS}

@@ -1,0 +1,131 @@
+"""A trained reward model: one adapter or several on the shared base, each with one head or several.
+
+Every output of a head is a *member*. Members are brought to the scale of the responses that the model was measured on,
+and then put together: their mean, the worst, or the mean less a multiple of their variance (Coste et al. 2024, arXiv
+2310.02743). A model with one member gives that member's number as it is.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rlaif.errors import StageError
+from rlaif.maths.composition import mean_score, uncertainty_weighted, worst_score
+from rlaif.model import sampling
+from rlaif.model.groups import Group, score_groups
+from rlaif.model.roles import SharedBase
+from rlaif.sections import Combination
+
+REWARD, COST = "reward", "cost"
+CALIBRATION = "calibration.json"
+
+
+class Scale(NamedTuple):
+    """Mean and standard deviation of a member's scores on reference responses."""
+
+    offset: float
+    scale: float
+
+
+def roles_of(role: str, adapters: int) -> list[str]:
+    """Return the names of an ensemble's roles: ``reward``, ``reward-2``, ..."""
+    return [role, *(f"{role}-{number}" for number in range(2, adapters + 1))]
+
+
+def part_folder(stage: Path, role: str) -> Path:
+    """Return where the stage `reward` keeps a role: its own folder for the reward, one below it for others."""
+    return stage if role == REWARD else stage / role
+
+
+class RewardModel:
+    """What scores responses; its roles are on the shared base."""
+
+    def __init__(self, base: SharedBase, roles: Sequence[str], scales: Sequence[Scale], combination: Combination):
+        """Put a model together from roles that the base has.
+
+        Args:
+            base: the shared base.
+            roles: the adapters with heads that take part.
+            scales: one a member, in the order of the roles and their outputs.
+            combination: how members become one score.
+        """
+        self.base, self.roles, self.scales, self.combination = base, list(roles), list(scales), combination
+
+    @classmethod
+    def load(cls, base: SharedBase, stage: Path, combination: Combination, role: str = REWARD) -> "RewardModel":
+        """Load what the stage `reward` wrote.
+
+        Raises:
+            StageError: the folder holds no trained adapter of this role.
+        """
+        measured = read_calibration(part_folder(stage, role))
+        roles = roles_of(role, len(list(stage.glob(f"{role}-[0-9]*"))) + 1)
+        for name in roles:
+            base.add_role(name, adapter=part_folder(stage, name) / "adapter")
+        scales = [Scale(one["offset"], one["scale"]) for one in measured["members"]]
+        return cls(base, roles, scales, combination)
+
+    @torch.no_grad()
+    def members(self, batch: sampling.Batch | Sequence[Group]) -> Tensor:
+        """Return each member's score of each response, ``[B, M]``, fp32, on the members' own scales."""
+        parts = []
+        for role in self.roles:
+            with self.base.acting_as(role):
+                if isinstance(batch, sampling.Batch):
+                    scores = sampling.scores(self.base, role, batch)
+                else:
+                    scores = score_groups(self.base, role, batch)
+            parts.append(scores if scores.dim() == 2 else scores.unsqueeze(1))
+        return torch.cat(parts, 1)
+
+    def combine(self, members: Tensor) -> Tensor:
+        """Make one score of each row of members: ``[B, M]`` to ``[B]``."""
+        if members.shape[1] == 1:
+            return members[:, 0]
+        offset, scale = (members.new_tensor(column) for column in zip(*self.scales, strict=True))
+        standard = (members - offset) / scale
+        if self.combination.ensemble == "uncertainty":
+            return uncertainty_weighted(standard, self.combination.uncertainty_coef)
+        return worst_score(standard) if self.combination.ensemble == "worst" else mean_score(standard)
+
+    def score(self, batch: sampling.Batch | Sequence[Group]) -> Tensor:
+        """Return one score of each response, ``[B]``."""
+        return self.combine(self.members(batch))
+
+    @property
+    def scale(self) -> Scale:
+        """Offset and scale of what `score` gives on the reference responses: those of a single member, else 0 and 1."""
+        return self.scales[0] if len(self.scales) == 1 else Scale(0.0, 1.0)
+
+    def critic_start(self) -> tuple[Tensor, float]:
+        """Return the weights ``[1, hidden]`` and the offset of a head that gives `score` as the mean of all heads.
+
+        A critic starts as a copy of the first adapter with this head: for one adapter, at temperature-free states, it
+        says exactly what the mean of its heads says, ``head(hidden) - offset``.
+        """
+        weight = self.base.heads[self.roles[0]].weight.detach()
+        scales = self.scales[: len(weight)]
+        if len(self.scales) == 1:
+            return weight.clone(), 0.0
+        divided = weight / weight.new_tensor([one.scale for one in scales]).unsqueeze(1)
+        return divided.mean(0, keepdim=True), sum(one.offset / one.scale for one in scales) / len(scales)
+
+
+def read_calibration(folder: Path) -> dict[str, Any]:
+    """Read ``calibration.json`` of a trained adapter.
+
+    Raises:
+        StageError: it is not there.
+    """
+    path = folder / CALIBRATION
+    if not path.is_file():
+        raise StageError(
+            f"{folder}: holds no trained reward model ({CALIBRATION} is not there). Name a run folder's `4-reward`, or "
+            "run the stage `reward` first."
+        )
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found

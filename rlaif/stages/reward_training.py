@@ -1,0 +1,163 @@
+"""Training one adapter with a head on the shared base, by `transformers.Trainer` with the losses of this package."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainingArguments
+
+from rlaif.model.groups import Group, score_groups
+from rlaif.model.roles import SharedBase
+from rlaif.recipe import RewardSection
+from rlaif.stages.reward_data import Example
+from rlaif.stages.reward_losses import example_losses, head_weights
+from rlaif.stages.run import Run
+from rlaif.stages.training import Recorder, arguments, resume_point, step_of, steps_of, train_to
+
+_STATE = "role.safetensors"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One adapter to train: its role, the folder it is written to, and what it learns from and is watched on."""
+
+    role: str
+    folder: Path
+    train: Sequence[Example]
+    watched: Sequence[Example]  # measured every `eval_steps`
+    seed: int
+
+
+class Scorer(nn.Module):
+    """The shared base as a module that `Trainer` can hold: examples in, scores of all their answers out."""
+
+    def __init__(self, base: SharedBase, role: str):
+        super().__init__()
+        self.lm, self.heads = base.lm, base.heads
+        self.role = role
+        self._base = [base]  # in a list, so that it is not taken for a submodule
+
+    @property
+    def base(self) -> SharedBase:
+        """The shared base."""
+        return self._base[0]
+
+    def forward(self, examples: Sequence[Example]) -> Tensor:
+        """Return the scores ``[N, H]`` of all answers, example by example."""
+        scores = score_groups(self.base, self.role, [Group(e.prompt, e.responses) for e in examples])
+        return scores if scores.dim() == 2 else scores.unsqueeze(1)
+
+
+class RewardTrainer(Trainer):  # type: ignore[misc]
+    """`Trainer` with the losses of labels; its checkpoints hold the role alone."""
+
+    def __init__(self, *args: Any, settings: RewardSection, scorer: Scorer, watched: Sequence[Example], **kwargs: Any):
+        super().__init__(*args, model=scorer, **kwargs)
+        self._settings, self._scorer, self._watched = settings, scorer, watched
+        self._seen: list[Tensor] = []
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **_: Any) -> Any:
+        """Return the weighted mean loss of a batch of examples."""
+        examples: list[Example] = inputs["examples"]
+        scores = model(examples)
+        found = example_losses(scores, examples, self._settings)
+        heads = found.losses.shape[1]
+        counts = [[e.weight * w for w in head_weights(e.id, heads, self.args.seed)] for e in examples]
+        loss = (found.losses * found.losses.new_tensor(counts)).mean()
+        self._seen.append(found.gaps)
+        return (loss, {"scores": scores}) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Add accuracy and margin on the training pairs since the last entry."""
+        if self._seen and "loss" in logs:
+            gaps = torch.cat(self._seen)
+            if len(gaps):
+                logs = {**logs, "accuracy": (gaps > 0).float().mean().item(), "margin": gaps.mean().item()}
+            self._seen = []
+        super().log(logs, *args, **kwargs)
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Measure the loss and the accuracy on the watched examples."""
+        losses, gaps = [], []
+        size = self.args.per_device_eval_batch_size
+        with torch.no_grad():
+            for start in range(0, len(self._watched), size):
+                part = self._watched[start : start + size]
+                found = example_losses(self._scorer(part), part, self._settings)
+                losses.append(found.losses.mean(1) * found.losses.new_tensor([e.weight for e in part]))
+                gaps.append(found.gaps)
+        every = torch.cat(gaps)
+        metrics = {"eval_loss": torch.cat(losses).mean().item()}
+        if len(every):
+            metrics["eval_accuracy"] = (every > 0).float().mean().item()
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        named = self._scorer.base.named_parameters_of(self._scorer.role)
+        save_file({name: p.detach().cpu().contiguous() for name, p in named}, folder / _STATE)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        state = load_file(Path(resume_from_checkpoint) / _STATE)
+        with torch.no_grad():
+            for name, parameter in self._scorer.base.named_parameters_of(self._scorer.role):
+                parameter.copy_(state[name])
+
+    def _load_best_model(self) -> None:
+        if self.state.best_model_checkpoint:
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+
+def train(run: Run, base: SharedBase, job: Job, settings: RewardSection) -> int:
+    """Train a role of the base, from the beginning or from its newest complete checkpoint; return the steps taken."""
+    steps = steps_of(settings, len(job.train), run.processes)
+    checkpoint = resume_point(run, job.folder, measured_at_end=False)
+    options = arguments(run, settings, job.folder) | {"seed": job.seed} | _watching(settings)
+    title = f"training {job.role}" if job.role != "reward" else "training"
+    with (
+        run.progress.task(title, steps - step_of(checkpoint)) as task,
+        base.acting_as(job.role, training=True),
+    ):
+        trainer = RewardTrainer(
+            args=TrainingArguments(**options),
+            train_dataset=list(job.train),
+            eval_dataset=list(job.watched),
+            data_collator=_collate,
+            callbacks=[Recorder(job.folder, job.role, task)],
+            settings=settings,
+            scorer=Scorer(base, job.role),
+            watched=job.watched,
+        )
+        trainer.remove_callback(PrinterCallback)
+        if settings.early_stopping_patience:
+            trainer.add_callback(EarlyStoppingCallback(settings.early_stopping_patience))
+        train_to(trainer, checkpoint, steps)
+        taken = int(trainer.state.global_step)
+    return taken
+
+
+def _collate(rows: Sequence[Example]) -> dict[str, Any]:
+    """Keep examples as they are; the tensor beside them tells `accelerate` the size of the batch."""
+    return {"size": torch.zeros(len(rows)), "examples": list(rows)}
+
+
+def _watching(settings: RewardSection) -> dict[str, Any]:
+    """Return the arguments that let a training be measured on its way, and stopped by what is found."""
+    if settings.eval_steps is None:
+        return {}
+    options: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": settings.eval_steps}
+    if settings.early_stopping_patience:
+        options |= {
+            "load_best_model_at_end": True,
+            "metric_for_best_model": "eval_loss",
+            "greater_is_better": False,
+            "save_steps": settings.eval_steps,
+        }
+    return options
