@@ -23,7 +23,7 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 from rlaif import files, filters
 from rlaif.errors import DataError
 from rlaif.maths import agreement
-from rlaif.maths.losses import bradley_terry, centering_penalty
+from rlaif.maths.preference import bradley_terry, centering_penalty
 from rlaif.model import sampling
 from rlaif.model.roles import SharedBase
 from rlaif.records import Comparison, read_rows, text_of
