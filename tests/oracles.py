@@ -63,6 +63,58 @@ def bradley_terry(chosen, rejected, preference=1.0, margin=0.0):
     return -(preference * math.log(likelihood) + (1.0 - preference) * math.log(1.0 - likelihood))
 
 
+def ranking_loss(scores, ranks):
+    pairs = [(i, j) for i in range(len(ranks)) for j in range(len(ranks)) if ranks[i] < ranks[j]]
+    return sum(bradley_terry(scores[i], scores[j]) for i, j in pairs) / len(pairs)
+
+
+def plackett_luce(scores, ranks):
+    """The best response is drawn from all, the next from those that are left, and so on."""
+    left, likelihood = dict(zip(ranks, scores, strict=True)), 1.0
+    while left:
+        best = left[min(left)]
+        likelihood *= math.exp(best) / sum(math.exp(score) for score in left.values())
+        del left[min(left)]
+    return -math.log(likelihood)
+
+
+def cost_loss(worse_cost, better_cost, worse_sign, better_sign):
+    likelihood = sigmoid(worse_cost - better_cost)
+    for cost, sign in ((worse_cost, worse_sign), (better_cost, better_sign)):
+        likelihood *= sigmoid(cost) if sign > 0 else 1 - sigmoid(cost)
+    return -math.log(likelihood)
+
+
+def nll(gaps, preferences):
+    return sum(bradley_terry(gap, 0.0, p) for gap, p in zip(gaps, preferences, strict=True)) / len(gaps)
+
+
+def ece(gaps, preferences, bins):
+    """Walk over the bins; each pair is seen from the side that the model prefers."""
+    total = 0.0
+    for number in range(bins):
+        low, high = 0.5 + number / (2 * bins), 0.5 + (number + 1) / (2 * bins)
+        inside = []
+        for gap, p in zip(gaps, preferences, strict=True):
+            sure = max(sigmoid(gap), sigmoid(-gap))
+            if low <= sure < high or (number == bins - 1 and sure == high):
+                inside.append((sure, p if gap > 0 else 1 - p))
+        total += abs(sum(right for _, right in inside) - sum(sure for sure, _ in inside))
+    return total / len(gaps)
+
+
+def ranks(x):
+    """Mean of the places that equal values take."""
+    ordered = sorted(x)
+    return [ordered.index(value) + 1 + (ordered.count(value) - 1) / 2 for value in x]
+
+
+def pearson(x, y):
+    mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
+    together = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True))
+    return together / math.sqrt(sum((a - mean_x) ** 2 for a in x) * sum((b - mean_y) ** 2 for b in y))
+
+
 def clipped_policy_loss(logprobs, old_logprobs, advantages, mask, clip):
     """Loss, ratio, clip fraction, KL to old: means over kept tokens of all rows laid end to end."""
     losses, ratios, clipped, kl = [], [], [], []

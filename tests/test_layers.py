@@ -56,7 +56,7 @@ ALLOWED = {
     "package": set(),
 }
 LEARNING = {"torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "safetensors", "datasets"}
-WITHOUT_TORCH = ["rlaif.cli", *(f"rlaif.{name}" for name in sorted(PLAIN))]
+WITHOUT_TORCH = ["rlaif.cli", "rlaif.maths.calibration", *(f"rlaif.{name}" for name in sorted(PLAIN))]
 WITHOUT_TORCH += ["rlaif.maths.agreement", "rlaif.engines.engine", "rlaif.human.labels", "rlaif.report.run"]
 
 MODULE_LINES = 350

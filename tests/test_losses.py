@@ -5,8 +5,6 @@ import pytest
 import torch
 
 from rlaif.maths.losses import (
-    bradley_terry,
-    centering_penalty,
     clipped_policy_loss,
     clipped_value_loss,
     entropy,
@@ -24,12 +22,6 @@ def f64(*numbers):
 
 def one_token(x):
     return f64(x).reshape(1, 1)
-
-
-def preference_gradient(d, **options):
-    score = f64(d).requires_grad_()
-    bradley_terry(score, f64(0.0), **options).sum().backward()
-    return score.grad.item()
 
 
 def random_tokens(seed=0, rows=3, columns=5):
@@ -54,65 +46,6 @@ def assert_figures(result, expected):
 
 def widened(x, value):
     return torch.nn.functional.pad(x, (0, 2), value=value)
-
-
-# Comparisons
-
-
-def test_bradley_terry_gives_the_printed_values():
-    assert bradley_terry(f64(1.0), f64(0.2)).item() == pytest.approx(0.37110, abs=PRINTED)
-    assert preference_gradient(0.8) == pytest.approx(-0.31003, abs=PRINTED)
-    assert bradley_terry(f64(1.0), f64(0.2), margin=1.0).item() == pytest.approx(0.79814, abs=PRINTED)
-
-
-def test_equal_scores_cost_log_two():
-    assert bradley_terry(f64(3.0), f64(3.0)).item() == pytest.approx(math.log(2), abs=FLOAT64)
-    assert bradley_terry(f64(3.0), f64(3.0), preference=0.9).item() == pytest.approx(math.log(2), abs=FLOAT64)
-
-
-def test_a_badly_ranked_pair_keeps_its_full_gradient():
-    # the logarithm of sigmoid + 1e-5 would give 11.4828 and a gradient of -.0297
-    assert bradley_terry(f64(-15.0), f64(0.0)).item() == pytest.approx(15.0, abs=PRINTED)
-    assert preference_gradient(-15.0) == pytest.approx(-1.0, abs=PRINTED)
-    assert bradley_terry(torch.tensor([-200.0]), torch.tensor([0.0])).item() == 200.0  # float32, no infinity
-
-
-def test_a_soft_label_has_its_minimum_at_the_log_odds():
-    at = math.log(0.6 / 0.4)
-    assert at == pytest.approx(0.40547, abs=PRINTED)
-    assert bradley_terry(f64(at), f64(0.0), preference=0.6).item() == pytest.approx(0.67301, abs=PRINTED)
-    assert preference_gradient(at, preference=0.6) == pytest.approx(0, abs=FLOAT64)
-    assert bradley_terry(f64(1.0), f64(0.0), preference=0.6).item() == pytest.approx(0.71326, abs=PRINTED)
-
-
-def test_a_certain_soft_label_is_a_hard_label():
-    chosen, rejected = f64(0.3, -2.0, 1.0), f64(0.1, 4.0, -1.0)
-    hard = bradley_terry(chosen, rejected)
-    assert bradley_terry(chosen, rejected, preference=1.0).equal(hard)
-    assert bradley_terry(chosen, rejected, preference=torch.ones(3)).equal(hard)
-    assert bradley_terry(chosen, rejected, margin=0.0).equal(hard)
-
-
-def test_swapping_a_pair_flips_its_preference():
-    chosen, rejected, preference = f64(0.3, -2.0, 1.0), f64(0.1, 4.0, -1.0), f64(0.9, 0.5, 0.6)
-    swapped = bradley_terry(rejected, chosen, preference=1 - preference)
-    torch.testing.assert_close(swapped, bradley_terry(chosen, rejected, preference=preference))
-
-
-def test_only_the_difference_of_scores_matters_to_a_comparison():
-    chosen, rejected = f64(0.3, -2.0), f64(0.1, 4.0)
-    shifted = bradley_terry(chosen + 7, rejected + 7)
-    torch.testing.assert_close(shifted, bradley_terry(chosen, rejected))
-
-
-def test_bradley_terry_equals_the_loop_row_by_row():
-    rows = [(0.3, 0.1, 0.9, 0.0), (-2.0, 1.0, 0.5, 1.0), (1.0, -1.0, 0.7, 0.5)]
-    losses = bradley_terry(*(f64(*column) for column in zip(*rows, strict=True)))
-    assert losses.tolist() == pytest.approx([oracles.bradley_terry(*row) for row in rows], abs=FLOAT64)
-
-
-def test_centering_charges_the_squared_sum_of_each_pair():
-    assert centering_penalty(f64(1.0, 2.0, 0.5), f64(2.0, -2.0, 0.5)).tolist() == [9.0, 0.0, 1.0]
 
 
 # Policy

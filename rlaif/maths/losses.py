@@ -1,4 +1,4 @@
-"""The losses of the reward and PPO stages, and the figures that say whether they are healthy.
+"""The losses of PPO, and the figures that say whether they are healthy.
 
 Shapes: `B` rows, `T` response tokens, `V` vocabulary. Masks are True at what counts. Log-probabilities,
 values and scores should be float32. Figures that are only reported carry no gradient.
@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
 
 from rlaif.maths.kl import k2
 from rlaif.maths.masking import masked_mean, masked_var, zero_outside
@@ -40,52 +39,6 @@ class ValueLoss(NamedTuple):
 
     loss: Tensor
     clip_fraction: Tensor
-
-
-def bradley_terry(
-    chosen: Tensor,
-    rejected: Tensor,
-    preference: Tensor | float | None = None,
-    margin: Tensor | float | None = None,
-) -> Tensor:
-    """Return the negative log-likelihood of a comparison under the Bradley-Terry model.
-
-    With p the preference and ``d = chosen - rejected - margin``, it is
-    ``-[p log sigmoid(d) + (1 - p) log sigmoid(-d)]``. Hard labels: Ouyang et al. 2022 (arXiv 2203.02155,
-    equation 1); margin: Touvron et al. 2023 (arXiv 2307.09288, section 3.2.2); soft labels: Bai et al. 2022
-    (arXiv 2212.08073). It is linear in d for badly ranked pairs, so their gradient does not die.
-    With p < 1 the minimum is at ``d = log(p / (1 - p))``.
-
-    Args:
-        chosen: scores of the better responses, `[B]`.
-        rejected: scores of the worse responses, `[B]`.
-        preference: P(chosen is better) in [0, 1], `[B]` or one number; None means 1.
-        margin: how far apart the scores should be, `[B]` or one number; None means 0.
-
-    Returns:
-        `[B]`, not averaged.
-    """
-    d = chosen - rejected
-    if margin is not None:
-        d = d - margin
-    if preference is None:
-        return -logsigmoid(d)
-    return -(preference * logsigmoid(d) + (1.0 - preference) * logsigmoid(-d))
-
-
-def centering_penalty(chosen: Tensor, rejected: Tensor) -> Tensor:
-    """Return the squared sum of a pair's scores, which pulls scores towards an average of 0.
-
-    Comparisons leave one constant free; this settles it (Eisenstein et al. 2023, arXiv 2312.09244).
-
-    Args:
-        chosen: scores, `[B]`.
-        rejected: scores, `[B]`.
-
-    Returns:
-        `[B]`; the caller applies the coefficient (0.01 is usual).
-    """
-    return (chosen + rejected).square()
 
 
 def clipped_policy_loss(
