@@ -24,7 +24,7 @@ from rlaif import files, filters
 from rlaif.errors import DataError
 from rlaif.maths import agreement
 from rlaif.maths.losses import bradley_terry, centering_penalty
-from rlaif.model import sampling
+from rlaif.model.groups import Group, score_groups
 from rlaif.model.roles import SharedBase
 from rlaif.records import Comparison, read_rows, text_of
 from rlaif.stages.run import Run
@@ -43,7 +43,7 @@ class Split(NamedTuple):
 
 
 class PairScorer(nn.Module):
-    """The shared base as a module that `Trainer` can hold; scores a batch of packed prompts and answers."""
+    """The shared base as a module that `Trainer` can hold; scores the responses of groups."""
 
     def __init__(self, base: SharedBase):
         super().__init__()
@@ -55,10 +55,9 @@ class PairScorer(nn.Module):
         """The shared base."""
         return self._base[0]
 
-    def forward(self, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
-        """Return the score of each row ``[2 B]``: chosen answers first, then rejected ones."""
-        batch = sampling.Batch(ids, mask, positions, ids, mask.bool())
-        return sampling.scores(self.base, ROLE, batch)
+    def forward(self, groups: Sequence[Group]) -> Tensor:
+        """Return the score of each response, in the groups' order."""
+        return score_groups(self.base, ROLE, groups)
 
 
 class RewardTrainer(Trainer):  # type: ignore[misc]
@@ -69,10 +68,10 @@ class RewardTrainer(Trainer):  # type: ignore[misc]
         self._centering = centering
         self._seen: list[tuple[float, float]] = []
 
-    def compute_loss(self, model: PairScorer, inputs: dict[str, Tensor], return_outputs: bool = False, **_: Any) -> Any:
+    def compute_loss(self, model: PairScorer, inputs: dict[str, Any], return_outputs: bool = False, **_: Any) -> Any:
         """Return the mean loss of a batch of pairs."""
-        scores = model(inputs["ids"], inputs["mask"], inputs["positions"])
-        chosen, rejected = scores.chunk(2)
+        scores = model(inputs["groups"])
+        chosen, rejected = sides(scores)
         loss = bradley_terry(chosen, rejected, inputs["preference"], inputs["margin"])
         loss = loss + self._centering * centering_penalty(chosen, rejected)
         gap = (chosen - rejected).detach()
@@ -170,17 +169,19 @@ def encode(base: SharedBase, row: Comparison) -> dict[str, Any]:
     }
 
 
-def collate(base: SharedBase, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-    """Pack pairs into one batch: all chosen answers, then all rejected ones."""
-    prompts = [row["prompt"] for row in rows] * 2
-    batch = sampling.pack(base, prompts, [row["chosen"] for row in rows] + [row["rejected"] for row in rows])
+def collate(base: SharedBase, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Make a group of each pair: its prompt with the chosen and the rejected answer."""
     return {
-        "ids": batch.ids,
-        "mask": batch.mask,
-        "positions": batch.positions,
+        "groups": [Group(row["prompt"], (row["chosen"], row["rejected"])) for row in rows],
         "preference": torch.tensor([row["preference"] for row in rows], device=base.device),
         "margin": torch.tensor([row["margin"] for row in rows], device=base.device),
     }
+
+
+def sides(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the scores ``[B, ...]`` of the chosen and of the rejected answers, from those of groups of two."""
+    chosen, rejected = scores.unflatten(0, (-1, 2)).unbind(1)
+    return chosen, rejected
 
 
 def split_pairs(rows: Sequence[Comparison], fraction: float) -> Split:
@@ -216,10 +217,9 @@ def evaluate(base: SharedBase, split: Split, microbatch: int) -> dict[str, Any]:
     scores: list[float] = []
     for start in range(0, len(rows), microbatch):
         batch = collate(base, [encode(base, row) for row in rows[start : start + microbatch]])
-        packed = sampling.Batch(batch["ids"], batch["mask"], batch["positions"], batch["ids"], batch["mask"].bool())
         with base.acting_as(ROLE):
-            values = sampling.scores(base, ROLE, packed)
-        chosen, rejected = values.chunk(2)
+            values = score_groups(base, ROLE, batch["groups"])
+        chosen, rejected = sides(values)
         gaps += (chosen - rejected).tolist()
         scores += values.tolist()
     decided = [index for index, row in enumerate(rows) if row.preference > 0.5]
