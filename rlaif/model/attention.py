@@ -9,9 +9,9 @@ as they are stored: transformers' `sdpa` repeats them for each query head wherev
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -28,6 +28,15 @@ class Segment(NamedTuple):
     start: int
     begin: int
     end: int
+
+
+class Layout(Protocol):
+    """What a packed pass attends by."""
+
+    positions: Tensor  # [1, N]
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
+        """Attend in one layer: ``[heads, N, size]`` to ``[1, N, heads, size]``."""
 
 
 class Store:
@@ -117,39 +126,45 @@ def _additive(sees: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros_like(sees, dtype=dtype).masked_fill_(~sees, -torch.inf)
 
 
-_STEP: ContextVar[Step] = ContextVar("step")
+_LAYOUT: ContextVar[Layout] = ContextVar("layout")
 
 
 def _attend(
     module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float | None = None, **_: Any
 ) -> tuple[Tensor, None]:
-    return _STEP.get().attend(module.layer_idx, query[0], key[0], value[0], scaling), None
+    return _LAYOUT.get().attend(module.layer_idx, query[0], key[0], value[0], scaling), None
 
 
 AttentionInterface.register(NAME, _attend)
 
 
 @contextmanager
-def _instead(config: Any, step: Step) -> Iterator[None]:
-    """Let a model attend by a step."""
-    usual, token = config._attn_implementation, _STEP.set(step)
+def _instead(config: Any, layout: Layout) -> Iterator[None]:
+    """Let a model attend by a layout."""
+    usual, token = config._attn_implementation, _LAYOUT.set(layout)
     config._attn_implementation = NAME
     try:
         yield
     finally:
         config._attn_implementation = usual
-        _STEP.reset(token)
+        _LAYOUT.reset(token)
 
 
-def forward(trunk: Callable[..., Any], config: Any, step: Step, ids: Sequence[int]) -> Tensor:
+def current(config: Any) -> Callable[[], AbstractContextManager[None]]:
+    """Return a context in which a model attends as it does now: for layers that are recomputed after a pass."""
+    layout = _LAYOUT.get(None)
+    return nullcontext if layout is None else lambda: _instead(config, layout)
+
+
+def forward(trunk: Callable[..., Any], config: Any, layout: Layout, ids: Sequence[int]) -> Tensor:
     """Run a packed batch of token ids through a trunk: the last hidden states, ``[N, hidden]``."""
-    device = step.positions.device
+    device = layout.positions.device
     no_mask = torch.zeros(1, 1, 1, 1, device=device)  # of four dimensions, so that no causal mask is built
-    with _instead(config, step):
+    with _instead(config, layout):
         out = trunk(
             input_ids=torch.tensor([list(ids)], device=device),
             attention_mask=no_mask,
-            position_ids=step.positions,
+            position_ids=layout.positions,
             use_cache=False,
         )
     hidden: Tensor = out.last_hidden_state[0]

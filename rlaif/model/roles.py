@@ -26,27 +26,10 @@ from rlaif.errors import ModelError, RoleError
 from rlaif.model import attention
 from rlaif.model.adapters import SCORE_KEY, new_config, read_adapter
 from rlaif.model.base import Base, load_base
+from rlaif.model.recomputation import Recomputation
 from rlaif.recipe import ModelSection
 
 BASE = "base"  # the role without an adapter
-
-
-class _Recomputation:
-    """The context of a checkpointed layer's recomputation: it must be the one of its first computation."""
-
-    def __init__(self, base: "SharedBase"):
-        self._base, self._turn, self._role = base, base.turn, base.acting
-
-    def __enter__(self) -> None:
-        if self._base.turn != self._turn or self._base.acting is None:
-            now = f"`{self._base.acting}` acts" if self._base.acting else "no role does"
-            raise RoleError(
-                f"a backward pass of `{self._role}` came after its `acting_as` had ended ({now}): with gradient "
-                "checkpointing it would compute wrong gradients. Call backward inside the same `with`."
-            )
-
-    def __exit__(self, *_: object) -> None:
-        pass
 
 
 class SharedBase:
@@ -218,7 +201,7 @@ class SharedBase:
         enable({"use_reentrant": False, "context_fn": self._checkpoint_contexts})
 
     def _checkpoint_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        return nullcontext(), _Recomputation(self)
+        return nullcontext(), Recomputation(self)
 
     def _switch(self, role: str) -> None:
         if self._peft is not None:
@@ -254,9 +237,9 @@ class SharedBase:
         """Run the acting role without the vocabulary projection; ``.last_hidden_state`` is ``[B, L, hidden]``."""
         return self._trunk(**inputs, **({} if cache is None else {self._cache_argument: cache}))
 
-    def packed(self, step: attention.Step, ids: Sequence[int]) -> Tensor:
+    def packed(self, layout: attention.Layout, ids: Sequence[int]) -> Tensor:
         """Run the acting role over rows side by side, without padding: the last hidden states, ``[N, hidden]``."""
-        return attention.forward(self._trunk, self.lm.config.get_text_config(), step, ids)
+        return attention.forward(self._trunk, self.lm.config.get_text_config(), layout, ids)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Project hidden states ``[..., hidden]`` to vocabulary logits ``[..., V]`` in fp32."""
