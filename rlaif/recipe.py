@@ -16,6 +16,7 @@ from rlaif.endpoints import BASE, RAY, Endpoint
 from rlaif.errors import ConfigError
 from rlaif.filters import REASONS
 from rlaif.overrides import Overridden, override
+from rlaif.reward_parts import CompositeSection
 from rlaif.sections import Combination as Combination
 from rlaif.sections import Fraction, NonNegative, Positive, PositiveFloat, Section
 from rlaif.sections import HumanSection as HumanSection
@@ -108,7 +109,7 @@ class SftSection(TrainingSection):
     heldout_fraction: Fraction = Field(0.1, description="share of demonstrations kept for the held-out loss")
 
 
-class PpoSection(Section):
+class PpoSection(CompositeSection):
     """Proximal policy optimization."""
 
     sampling: WarmSamplingSection = WarmSamplingSection()
@@ -152,6 +153,8 @@ class PpoSection(Section):
                 f"rollout_batch x samples_per_prompt = {responses} must be a multiple of minibatch = {self.minibatch}, "
                 f"and that a multiple of microbatch = {self.microbatch}"
             )
+        if self.reward_function and self.rewards:
+            raise ValueError("reward_function and rewards exclude each other; make the function a part of rewards")
         return self
 
 
@@ -213,8 +216,8 @@ class Recipe(Section):
             raise ValueError(
                 f"feedback is `{self.feedback}`, but human.files is empty; name the files that hold the labels"
             )
-        if "ppo" in self.stages and "reward" not in self.stages and not self.ppo.reward_function:
-            raise ValueError("ppo needs the stage `reward` before it, or ppo.reward_function")
+        if "ppo" in self.stages:
+            self._rewards()
         if "sft" in self.stages and "revise" not in self.stages:
             raise ValueError("sft needs the stage `revise` before it")
         if "reward" in self.stages and "label" not in self.stages:
@@ -225,6 +228,19 @@ class Recipe(Section):
         if "label" in self.stages and self.feedback != "human" and self.label.method == "judge":
             self._candidates()
         return self
+
+    def _rewards(self) -> None:
+        """Refuse a reward from a stage that the recipe does not have."""
+        parts, has_reward = self.ppo.rewards, "reward" in self.stages
+        if not (parts or has_reward or self.ppo.reward_function):
+            raise ValueError("ppo needs the stage `reward` before it, or ppo.reward_function or ppo.rewards")
+        for part in parts:
+            if part.model and not has_reward:
+                raise ValueError(f"the part `{part.name}` of ppo.rewards needs the stage `reward` before it")
+            if part.cost == "reward" and not (has_reward and self.reward.cost):
+                raise ValueError(
+                    f"the part `{part.name}` of ppo.rewards needs the stage `reward` before it, with reward.cost: true"
+                )
 
     def _candidates(self) -> None:
         """Refuse pairs from a stage that the recipe does not have."""

@@ -21,7 +21,7 @@ from rlaif.maths import agreement
 from rlaif.model import sampling
 from rlaif.model.roles import BASE, SharedBase
 from rlaif.records import Prompt
-from rlaif.sections import Combination
+from rlaif.stages.composite import Scorer, composite_inputs, cost_files, on_ppo_scale
 from rlaif.stages.judge import judge
 from rlaif.stages.judged_reward import reward_function, reward_inputs
 from rlaif.stages.revise import question
@@ -68,10 +68,12 @@ def inputs(run: Run) -> dict[str, str]:
             "ppo": run.stage_folder("ppo") / "policy",
             "reward": run.stage_folder("reward") / "adapter",
             "reward.calibration": run.stage_folder("reward") / CALIBRATION,
+            **cost_files(run),
         },
         constitution=run.constitution.hash_of("principles", "comparisons"),
         judge=[run.recipe.label.few_shot, run.recipe.label.debias],
         reward_function=[run.recipe.ppo.reward_function, reward_inputs(run)],
+        **composite_inputs(run),
         prompts=run.prompts_hash(run.select("eval", settings.prompts_per_tag)),
         templates=[templates("compare")["compare"].hash],
         engines=run.asked(settings.judge, chooses=True),
@@ -87,10 +89,10 @@ def evaluate(run: Run) -> dict[str, Any]:
     for name, adapter in policies.items():
         if adapter is not None:
             base.add_role(name, adapter=adapter)
-    model = RewardModel.load(base, run.stage_folder("reward"), Combination()) if run.has_output("reward") else None
+    scorer = scorer_of(run, base)
     reference = "sft" if "sft" in policies else BASE
     responses = {
-        name: respond_as(run, base, name, adapter, prompts, reference, model) for name, adapter in policies.items()
+        name: respond_as(run, base, name, adapter, prompts, reference, scorer) for name, adapter in policies.items()
     }
     wins = win_rates(run, base, responses) if settings.judge_prompts_per_tag else []
     result = {
@@ -158,7 +160,7 @@ def respond_as(
     adapter: Any,
     prompts: Sequence[Prompt],
     reference: str,
-    model: RewardModel | None,
+    scorer: Scorer | None,
 ) -> list[Response]:
     """Let one policy answer all prompts, and measure its answers."""
     answers = answers_as(run, base, role, adapter, prompts)
@@ -167,11 +169,23 @@ def respond_as(
         (base.tokenizer.prompt(prompt.messages), base.tokenizer.response(answer.text, ended=answer.ended))
         for prompt, answer in zip(prompts, answers, strict=True)
     ]
-    scores, divergences = score_and_kl(run, base, role, reference, prompts, texts, encoded, model)
+    scores, divergences = score_and_kl(run, base, role, reference, prompts, texts, encoded, scorer)
     return [
         Response(prompt, answer.text, answer.ended, answer.tokens, filters.is_refusal(answer.text), score, kl)
         for prompt, answer, score, kl in zip(prompts, answers, scores, divergences, strict=True)
     ]
+
+
+def scorer_of(run: Run, base: SharedBase) -> Scorer | None:
+    """Return what scores responses on PPO's scale: the parts of its reward or the reward model; None without either."""
+    has_ppo, settings = "ppo" in run.recipe.stages, run.recipe.ppo
+    stage = run.stage_folder("reward")
+    model = RewardModel.load(base, stage, settings.reward_model) if run.has_output("reward") else None
+    if has_ppo and settings.rewards:
+        return on_ppo_scale(run, base, model, NAME)
+    if model is None or (has_ppo and settings.reward_function):
+        return None
+    return lambda rows, texts, batch: (model.score(batch) - model.scale.offset) / model.scale.scale
 
 
 @torch.no_grad()
@@ -183,7 +197,7 @@ def score_and_kl(
     prompts: Sequence[Prompt],
     texts: Sequence[str],
     encoded: Sequence[tuple[list[int], list[int]]],
-    model: RewardModel | None,
+    scorer: Scorer | None,
 ) -> tuple[list[float | None], list[float]]:
     """Return each response's score on PPO's scale (None without a reward) and its log-ratio to the reference."""
     scores: list[float | None] = [None] * len(texts)
@@ -197,8 +211,8 @@ def score_and_kl(
         for rows in sampling.batches_by_length([len(p) + len(r) for p, r in encoded], _MICROBATCH):
             pairs = [(encoded[row][0], encoded[row][1] or [base.tokenizer.end_of_turn]) for row in rows]
             batch = sampling.pack(base, *zip(*pairs, strict=True))
-            if model and not name:
-                values = (model.score(batch) - model.scale.offset) / model.scale.scale
+            if scorer:
+                values = scorer([prompts[row] for row in rows], [texts[row] for row in rows], batch)
                 for row, value in zip(rows, values.tolist(), strict=True):
                     scores[row] = value
             if role != reference:
