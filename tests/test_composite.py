@@ -11,6 +11,7 @@ from rlaif.errors import DataError, StageError
 from rlaif.model import sampling
 from rlaif.model.sampling import Batch
 from rlaif.records import Prompt
+from rlaif.report.curves import ppo_figures
 from rlaif.stages import composite as module
 from rlaif.stages import ppo
 from rlaif.stages.composite import Composite, cost_stage, on_ppo_scale, repeated_share
@@ -236,6 +237,16 @@ def test_every_part_is_logged_and_the_total_is_made_of_them(opened, functions):
         total = part["quality"] + 0.5 * part["harm"] + 2 * part["letters"] + part["rating"]
         total -= 0.5 * part["long"] + 3 * part["repeats"]
         assert row["score"] == pytest.approx((total - scale["offset"]) / scale["scale"], abs=1e-4)
+
+
+def test_the_report_draws_the_parts_in_one_chart_after_the_score():
+    rows = [{"update": n, "rollout/score": 0.1 * n} for n in (1, 2)]
+    parts = [row | {"rollout/score/one": row["update"], "rollout/score_std/one": 1.0} for row in rows]
+    parts[1]["rollout/score/two"] = 3.0
+    plain, figures = ppo_figures(rows), ppo_figures(parts)
+    assert [figure.title for figure in figures] == ["Score", "Parts of the reward", *(one.title for one in plain[1:])]
+    assert all(name in figures[1].chart for name in (">one<", ">two<"))
+    assert "score_std" not in figures[1].chart
 
 
 def test_a_cost_counts_negatively(opened):

@@ -34,6 +34,7 @@ PLAIN = {
     "transcripts",
     "prompt_sets",
     "recipe",
+    "reward_parts",
     "sections",
     "steering",
     "filters",
@@ -141,8 +142,7 @@ def functions() -> Iterator[tuple[str, str, int]]:
 
 
 def wrong_imports(path: Path) -> list[str]:
-    own = layer_of(module_of(path))
-    wrong = []
+    own, wrong = layer_of(module_of(path)), []
     for node in nodes(path):
         for module in imported(node):
             if module.split(".")[0] != "rlaif" or module == "rlaif":

@@ -130,7 +130,7 @@ def test_a_folder_without_a_recipe_is_refused(tmp_path: Path) -> None:
             "results.json: metrics.base: missing",
         ),
         ("6-evaluate/results.json", "[]", "results.json: (file): "),
-        ("4-reward/evaluation.json", '{"heldout": {}}', "evaluation.json: train_pairs: field required"),
+        ("4-reward/calibration.json", '{"heldout": {}}', "calibration.json: train_pairs: field required"),
         ("3-label/quality.json", '{"judge": 3}', "quality.json: judge: "),
         ("5-ppo/metrics.jsonl", '{"update": 1}\n{"upd', "metrics.jsonl:2: not a JSON object"),
         ("1-revise/chains.jsonl", '{"id": "a"}\n', "chains.jsonl:1: prompt: field required"),

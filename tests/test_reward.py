@@ -1,7 +1,6 @@
 """The stage `reward` on the tiny model: what it learns from, what it measures, and resuming to the bit."""
 
 import json
-import math
 import subprocess
 import sys
 
@@ -9,38 +8,17 @@ import pytest
 import tiny_runs
 import torch
 from safetensors.torch import load_file
+from tiny_rows import ROWS, comparison, ranking, rating
 
 from rlaif import files
 from rlaif.errors import DataError
 from rlaif.model import sampling
-from rlaif.records import Comparison, assistant
 from rlaif.report.reading import RewardEvaluation
-from rlaif.stages import reward
+from rlaif.stages import reward, reward_training
+from rlaif.stages.reward_data import examples, split_rows
 from rlaif.stages.run import Run
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_sync")
-
-
-def comparison(
-    number, chosen="good good good", rejected="bad bad bad", *, tag="harmful", prompt=None, preference=1.0, **columns
-):
-    return Comparison(
-        id=f"c-{number}",
-        prompt=[{"role": "user", "content": prompt or f"Question {number}?"}],
-        chosen=assistant(chosen),
-        rejected=assistant(rejected),
-        preference=preference,
-        source="construction",
-        annotator="test",
-        tag=tag,
-        **columns,
-    )
-
-
-ROWS = [
-    comparison(number, "good " * (1 + number % 3), "bad " * (1 + number % 2), tag=("harmful", "ordinary")[number % 2])
-    for number in range(12)
-]
 
 
 @pytest.fixture
@@ -120,10 +98,10 @@ def test_a_new_head_is_drawn_with_the_deviation_that_keeps_scores_near_one(opene
     seen = []
 
     def train(trainer, resume_from_checkpoint):
-        seen.append(trainer.model.base.heads["reward"].weight.detach().clone())
+        seen.append(trainer._scorer.base.heads["reward"].weight.detach().clone())
         raise tiny_runs.Stopped
 
-    monkeypatch.setattr(reward.RewardTrainer, "train", train)
+    monkeypatch.setattr(reward_training.RewardTrainer, "train", train)
     for _ in range(2):
         with pytest.raises(tiny_runs.Stopped):
             reward.reward(opened())
@@ -136,9 +114,9 @@ def test_the_evaluation_is_what_the_report_reads(opened):
     reward.reward(run)
     found = evaluation(run)
     read = RewardEvaluation.model_validate(found)
-    assert set(RewardEvaluation.model_fields) == set(found)
+    assert set(RewardEvaluation.model_fields) <= set(found)
     assert read.min_heldout_accuracy == 0.55
-    assert set(read.baselines) == {"longer", "shorter", "refusal_words"}
+    assert set(read.baselines) == {"longer", "shorter", "refusal_words", "bag_of_words"}
     assert read.scale > 0
 
 
@@ -148,44 +126,15 @@ def test_offset_and_scale_are_mean_and_deviation_of_the_held_out_scores(opened):
     base = run.load_base()
     base.add_role("reward", adapter=run.stage_folder("reward") / "adapter")
     scores = []
-    for row in reward.split_pairs(ROWS, 0.2).heldout:
-        encoded = reward.encode(base, row)
-        for side in ("chosen", "rejected"):
-            batch = sampling.pack(base, [encoded["prompt"]], [encoded[side]])
+    for example in examples(base, split_rows(ROWS, 0.2).heldout, run.recipe.reward, {}):
+        for response in example.responses:
+            batch = sampling.pack(base, [example.prompt], [response])
             with base.acting_as("reward"), torch.no_grad():
                 scores.append(sampling.scores(base, "reward", batch).item())
     mean = sum(scores) / len(scores)
     spread = (sum((score - mean) ** 2 for score in scores) / len(scores)) ** 0.5
     assert evaluation(run)["offset"] == pytest.approx(mean, abs=1e-5)
     assert evaluation(run)["scale"] == pytest.approx(spread, rel=1e-4)
-
-
-def test_pairs_without_a_preference_count_for_the_likelihood_and_not_for_accuracy(opened):
-    """With a head of zeros nothing is right, and every pair costs log 2."""
-    base = opened().load_base()
-    base.add_role("reward", head=True)
-    ties = [comparison(100 + n, preference=0.5, tag="tie") for n in range(3)]
-    found = reward.evaluate(base, reward.Split([], [*ROWS[:4], *ties]), 2)
-    assert found["heldout_pairs"] == 7
-    right = found["heldout"]["all"]
-    assert (right["n"], right["count"], right["rate"]) == (4, 0, 0.0)
-    assert set(found["heldout"]) == {"all", "harmful", "ordinary"}
-    assert found["nll"] == pytest.approx(math.log(2), abs=1e-6)
-    assert found["offset"] == 0.0
-    assert found["scale"] == 1e-6  # scores that are all equal have no spread to divide by
-
-
-def test_the_baselines_are_the_accuracies_of_longer_shorter_and_refusal_words():
-    pairs = [
-        ("I can't help with that.", "Sure, here is how."),
-        ("I'm sorry, but I can't help with that.", "Sure."),
-        ("Sure.", "I can't help with that."),
-        ("ab", "cd"),
-    ]
-    found = reward.baselines([comparison(n, *pair) for n, pair in enumerate(pairs)])
-    assert [found[name]["count"] for name in ("longer", "shorter", "refusal_words")] == [2.5, 1.5, 2.5]
-    assert [found[name]["rate"] for name in ("longer", "shorter", "refusal_words")] == [0.625, 0.375, 0.625]
-    assert found["longer"]["n"] == 4
 
 
 # --- resuming and reloading ------------------------------------------------------------------------------------------
@@ -228,7 +177,7 @@ def test_training_cut_off_after_its_last_step_takes_no_further_one(opened, monke
     reward.reward(whole)
     resumed = opened("resumed", **settings)
     with monkeypatch.context() as patch, pytest.raises(tiny_runs.Stopped):
-        patch.setattr(reward, "evaluate", lambda *args: (_ for _ in ()).throw(tiny_runs.Stopped))
+        patch.setattr(reward, "measure", lambda *args: (_ for _ in ()).throw(tiny_runs.Stopped))
         reward.reward(resumed)
     reward.reward(resumed)
     assert tiny_runs.results(resumed.stage_folder("reward")) == tiny_runs.results(whole.stage_folder("reward"))
@@ -291,3 +240,144 @@ def test_training_starts_from_the_sft_adapter_where_the_recipe_has_one(opened):
 
 def test_without_an_sft_stage_or_from_the_base_nothing_of_it_is_read(opened):
     assert "sft" not in reward.inputs(opened())
+
+
+def test_a_stage_without_rows_to_train_on_or_to_measure_with_says_so_before_training(opened):
+    ties = [comparison(n, preference=0.5) for n in range(6)]
+    cases = (
+        (ROWS, {"heldout_fraction": 0.0}, "12 usable .none set aside.*0 comparisons to measure with"),
+        (ROWS, {"max_length": 3}, "0 usable .longer than max_length: 12.*0 to train on"),
+        (ties, {}, "0 comparisons to measure with that prefer one answer"),
+    )
+    for rows, settings, message in cases:
+        run = opened(rows=rows, **settings)
+        with pytest.raises(DataError, match=message):
+            reward.reward(run)
+        assert not (run.stage_folder("reward") / "metrics.jsonl").exists()
+
+
+def test_rows_of_weight_0_alone_are_refused(opened):
+    with pytest.raises(DataError, match=r"no row of weight above 0.*reward\.weights"):
+        reward.reward(opened(weights={"construction": 0.0}))
+
+
+# --- rankings, ratings, several heads and adapters -------------------------------------------------------------------
+
+
+def test_rankings_and_ratings_are_learned_from_beside_comparisons(opened):
+    run = opened(max_steps=2, per_device_train_batch_size=4)
+    label = run.stage_folder("label")
+    before = reward.inputs(run)
+    files.write_jsonl(label / "ratings.jsonl", [rating(n, "good " * n, float(n), prompt=f"r{n}") for n in range(1, 6)])
+    files.write_jsonl(label / "rankings.jsonl", [ranking(n, ["good", "so", "bad"], prompt=f"k{n}") for n in range(5)])
+    assert set(reward.inputs(run)) - set(before) == {"ratings", "rankings"}
+    counts = reward.reward(run)
+    assert counts["rows"] == counts["train"] + counts["heldout"] == 22
+    assert evaluation(run)["train_rows"] > evaluation(run)["train_pairs"]
+
+
+def test_several_heads_and_adapters_are_members_that_differ_and_reload(opened):
+    run = opened(max_steps=3, num_heads=2, num_adapters=2, suspects=0)
+    reward.reward(run)
+    folder = run.stage_folder("reward")
+    first, second = (load_file(folder / name / "adapter_model.safetensors") for name in ("adapter", "reward-2/adapter"))
+    assert set(first) == set(second)
+    assert first["base_model.model.score.weight"].shape == (2, 32)
+    assert all(not torch.equal(first[name], second[name]) for name in first)
+    found = evaluation(run)
+    assert len(found["members"]) == 4
+    assert (found["offset"], found["scale"]) == (0.0, 1.0)
+    assert not (folder / "suspects.jsonl").exists()
+    assert [row["step"] for row in tiny_runs.rows(folder / "reward-2" / "metrics.jsonl")] == [1, 2, 3]
+
+
+def test_an_ensemble_stopped_within_its_second_adapter_goes_on_there(opened):
+    settings = {"max_steps": 4, "num_adapters": 2}
+    whole = opened("whole", **settings)
+    reward.reward(whole)
+    resumed = opened("resumed", **settings)
+    steps, save = [], reward_training.RewardTrainer._save
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(tiny_runs.Stopped):
+
+        def stop(trainer, *args, **kwargs):
+            save(trainer, *args, **kwargs)
+            steps.append(trainer.state.global_step)
+            if len(steps) == 6:  # the second checkpoint of the second adapter
+                raise tiny_runs.Stopped
+
+        patch.setattr(reward_training.RewardTrainer, "_save", stop)
+        reward.reward(resumed)
+    reward.reward(resumed)
+    assert tiny_runs.results(resumed.stage_folder("reward")) == tiny_runs.results(whole.stage_folder("reward"))
+
+
+# --- measuring on the way --------------------------------------------------------------------------------------------
+
+
+def test_the_loss_on_rows_that_are_not_trained_on_is_measured_on_the_way(opened):
+    run = opened(max_steps=4, eval_steps=2)
+    reward.reward(run)
+    measured = [row for row in metrics(run) if "reward/heldout_loss" in row]
+    assert [row["step"] for row in measured] == [2, 4]
+    assert all(0 <= row["reward/heldout_accuracy"] <= 1 for row in measured)
+
+
+def test_training_stops_where_the_loss_grows_and_keeps_the_best_weights_also_when_resumed(opened):
+    """With a learning rate this high the loss jumps about; what is kept is the best of what was seen."""
+    settings = {
+        "max_steps": 12,
+        "num_train_epochs": 99.0,
+        "eval_steps": 1,
+        "early_stopping_patience": 2,
+        "learning_rate": 0.3,
+        "lr_scheduler_type": "constant",
+    }
+    whole = opened("whole", **settings)
+    counts = reward.reward(whole)
+    assert counts["steps"] < 12
+    losses = [row["reward/heldout_loss"] for row in metrics(whole) if "reward/heldout_loss" in row]
+    assert len(losses) == counts["steps"]
+    assert min(losses) == losses[-3]  # patience 2
+    assert counts["dev"] > 0
+    for step in (2, counts["steps"]):  # on the way, and after the step that was the last
+        resumed = opened(f"resumed {step}", **settings)
+        with tiny_runs.cut_off_at_checkpoint(step, complete=True):
+            reward.reward(resumed)
+        assert reward.reward(resumed) == counts
+        assert tiny_runs.results(resumed.stage_folder("reward")) == tiny_runs.results(whole.stage_folder("reward"))
+
+
+# --- the cost adapter ------------------------------------------------------------------------------------------------
+
+SAFETY = [
+    comparison(
+        n,
+        "good " * (1 + n % 3),
+        "bad " * (1 + n % 2),
+        tag=("harmful", "ordinary")[n % 2],
+        safer=1.0,
+        chosen_safe=True,
+        rejected_safe=False,
+    )
+    for n in range(12)
+]
+
+
+def test_the_cost_adapter_learns_the_sign_and_the_order_of_harm_and_keeps_its_zero(opened):
+    run = opened(rows=SAFETY, cost=True, max_steps=24, num_train_epochs=20.0, per_device_train_batch_size=4)
+    counts = reward.reward(run)
+    folder = run.stage_folder("reward") / "cost"
+    found = json.loads((folder / "calibration.json").read_text())
+    assert counts["cost_sign_accuracy"] == found["sign"]["rate"] == 1.0
+    assert found["order"]["rate"] == 1.0
+    assert (found["unsafe"]["count"], found["unsafe"]["n"]) == (4, 8)
+    assert (found["offset"], found["scale"] > 0) == (0.0, True)
+    base = run.load_base()
+    base.add_role("cost", adapter=folder / "adapter")
+    assert base.head_weight("cost").shape == (1, 32)
+
+
+def test_costs_without_both_signs_are_refused_with_what_was_found(opened):
+    safe = [row.model_copy(update={"rejected_safe": True}) for row in SAFETY]
+    with pytest.raises(DataError, match=r"answers of both signs.*16 safe and 0 unsafe.*label\.safety"):
+        reward.reward(opened(rows=safe, cost=True, max_steps=1))

@@ -122,7 +122,8 @@ def with_reward(run, *, offset=0.0, scale=1.0, rate=0.9):
     save_random_role(run, "reward", folder / "adapter", seed=2, head=True, size=0.2)
     share = {"n": 20, "count": round(20 * rate), "rate": rate, "low": 0.5, "high": 1.0}
     measured = {"heldout": {"all": share, "harmful": share}, "offset": offset, "scale": scale}
-    (folder / "evaluation.json").write_text(json.dumps(measured))
+    measured["members"] = [{"offset": offset, "scale": scale}]
+    (folder / "calibration.json").write_text(json.dumps(measured))
 
 
 def rows(path):

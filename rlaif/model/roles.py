@@ -147,7 +147,7 @@ class SharedBase:
 
     def _add_head(self, role: str, score: Tensor | None, like: str, outputs: int) -> None:
         if like in self.heads:
-            score = self.heads[like].weight
+            score = self.head_weight(like)
         rows = outputs if score is None else len(score)
         layer = nn.Linear(self.hidden_size, rows, bias=False, device=self.device, dtype=torch.float32)
         with torch.no_grad():
@@ -246,6 +246,17 @@ class SharedBase:
         logits: Tensor = self.lm.get_output_embeddings()(hidden).float()
         cap = getattr(self.lm.config.get_text_config(), "final_logit_softcapping", None)
         return torch.tanh(logits / cap) * cap if cap else logits
+
+    def freeze(self, role: str) -> None:
+        """Let a role that has been trained change no more, so that a trainer of the next one does not take it."""
+        self._trainable[role] = False
+        if role in self.heads:
+            self.heads[role].requires_grad_(False)
+        self._restore()
+
+    def head_weight(self, role: str) -> Tensor:
+        """Return the weight of a role's head, ``[K, hidden]``, fp32."""
+        return self.heads[role].get_parameter("weight")
 
     def head(self, role: str, hidden: Tensor) -> Tensor:
         """Apply a role's head in fp32: ``[..., hidden]`` to ``[...]``, or to ``[..., K]`` where it has K outputs."""

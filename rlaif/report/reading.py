@@ -55,17 +55,67 @@ class Chain(Part):
     reason: str | None = None
 
 
+class Slice(Part):
+    """Accuracy on the pairs whose covariate lies between two values."""
+
+    low: float
+    high: float
+    accuracy: Rate
+
+
+class Reliability(Part):
+    """One bin of how sure the model is, and how often it is right there."""
+
+    count: int
+    confidence: float | None
+    accuracy: Rate | None
+
+
+class Temperature(Part):
+    """What scores are divided by for the best likelihood; None where no number is best, and why."""
+
+    temperature: float | None
+    nll: float
+    found: str
+
+
+class Swapped(Part):
+    """How far scores move when names or pronouns are exchanged, in deviations of a score."""
+
+    answers: int
+    mean: Mean | None
+    mean_absolute: float | None
+
+
 class RewardEvaluation(Part):
     """``calibration.json`` of the reward stage."""
 
     heldout: dict[str, Rate]
     nll: float | None = None
+    ece: float | None = None
+    reliability: list[Reliability] = []
+    temperature: Temperature | None = None
+    by_source: dict[str, Rate] = {}
+    by_length_difference: list[Slice] = []
+    length_correlation: dict[str, float | None] = {}
+    counterfactual: dict[str, Swapped] = {}
     baselines: dict[str, Rate] = {}
     min_heldout_accuracy: float | None = None
     offset: float | None = None
     scale: float | None = None
+    reference: str | None = None
     train_pairs: int
     heldout_pairs: int
+
+
+class CostEvaluation(Part):
+    """``cost/calibration.json`` of the reward stage."""
+
+    sign: Rate | None
+    sign_of_unsafe: Rate | None = None
+    sign_of_safe: Rate | None = None
+    unsafe: Rate | None = None
+    order: Rate | None = None
 
 
 class PpoSample(Part):
@@ -153,6 +203,7 @@ class Run:
     quality: Quality | None
     reward: Metrics
     reward_evaluation: RewardEvaluation | None
+    cost_evaluation: CostEvaluation | None
     ppo: Metrics
     ppo_samples: list[PpoSample]
     results: Results | None
@@ -178,6 +229,7 @@ def read_run(folder: Path) -> Run:
         if (place / "manifest.json").is_file()
     }
     done = {stage: places[stage] for stage in manifests}
+    cost = places["reward"] / "cost" / "calibration.json"
     recipe = load_yaml(recipe_path, DataError).data
     return Run(
         folder=folder,
@@ -191,6 +243,7 @@ def read_run(folder: Path) -> Run:
         quality=_object(done["label"] / "quality.json", Quality) if "label" in done else None,
         reward=_metrics(done["reward"]) if "reward" in done else [],
         reward_evaluation=_object(done["reward"] / "calibration.json", RewardEvaluation) if "reward" in done else None,
+        cost_evaluation=_object(cost, CostEvaluation) if cost.is_file() else None,
         ppo=_metrics(done["ppo"]) if "ppo" in done else [],
         ppo_samples=_rows(done["ppo"] / "samples.jsonl", PpoSample) if "ppo" in done else [],
         results=_results(done["evaluate"] / "results.json") if "evaluate" in done else None,

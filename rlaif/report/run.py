@@ -16,7 +16,7 @@ from rlaif import files
 from rlaif.documents import read_text
 from rlaif.errors import DataError
 from rlaif.prompting import sandbox
-from rlaif.report import curves, wording
+from rlaif.report import curves, reward, wording
 from rlaif.report.charts import Bar, interval_chart
 from rlaif.report.labels import Rate
 from rlaif.report.reading import (
@@ -26,7 +26,6 @@ from rlaif.report.reading import (
     PpoSample,
     Quality,
     Results,
-    RewardEvaluation,
     Run,
     read_run,
 )
@@ -95,7 +94,7 @@ def _content(run: Run) -> dict[str, Any]:
         "versions": _versions(run),
         **(_of_evaluation(run.results) if run.results else {}),
         **(_of_labels(run.quality, people=feedback == "mixed") if run.quality else {}),
-        **(_of_reward(run.reward_evaluation) if run.reward_evaluation else {}),
+        **(reward.content(run.reward_evaluation, run.cost_evaluation) if run.reward_evaluation else {}),
     }
 
 
@@ -147,19 +146,6 @@ def _of_labels(quality: Quality, people: bool) -> dict[str, Any]:
         "wrong_tests": [test for test in judge.by_test if not test.correct] if judge else [],
         "rules": wording.RULES,
         "label_tags": wording.in_order({*quality.labels.by_tag, *quality.labels.chosen_refuses}),
-    }
-
-
-def _of_reward(evaluation: RewardEvaluation) -> dict[str, Any]:
-    """Return sentences about the reward model, and its accuracy by tag above rules that need no model."""
-    tags = wording.in_order(evaluation.heldout)
-    model = [_bar("all" if tag == "all" else wording.tag_name(tag), evaluation.heldout[tag]) for tag in tags]
-    rules = [_bar(name.replace("_", " "), value, 3) for name, value in evaluation.baselines.items()]
-    groups = [("reward model", model)] + ([("simple rules, on the same pairs", rules)] if rules else [])
-    title = "Accuracy on held-out pairs with 95 % intervals"
-    return {
-        "reward_findings": wording.reward_findings(evaluation),
-        "reward_accuracy": interval_chart(groups, title=title, reference=(0.5, "chance")),
     }
 
 

@@ -11,13 +11,18 @@ from typing import Any
 
 from rlaif.report.charts import short
 from rlaif.report.labels import Mean, Quality, Rate
-from rlaif.report.reading import Difference, Results, RewardEvaluation, WinRate
+from rlaif.report.reading import Difference, Results, WinRate
 
 NONE = "\u2013"
 POLICIES = {"base": "the base model", "sft": "SFT", "ppo": "PPO"}
 SHORT_POLICIES = {"base": "base", "sft": "SFT", "ppo": "PPO"}
 TAGS = {"lookalike": "look-alike"}
-RULES = {"longer": "the longer one", "shorter": "the shorter one", "refusal_words": "the one that refuses"}
+RULES = {
+    "longer": "the longer one",
+    "shorter": "the shorter one",
+    "refusal_words": "the one that refuses",
+    "bag_of_words": "a bag of words",
+}
 METHODS = {
     "judge": "the judge\u2019s choice between two answers",
     "revision": "the revisions: a revised answer beats the one before it, a plain answer a needless refusal",
@@ -220,33 +225,6 @@ def label_findings(quality: Quality) -> list[str]:
     return sentences
 
 
-def reward_findings(evaluation: RewardEvaluation) -> list[str]:
-    """Say how good the reward model is beside chance, its floor and the best rule that needs no model."""
-    overall = evaluation.heldout.get("all")
-    if overall is None or overall.rate is None:
-        return ["No accuracy on held-out pairs was recorded."]
-    says = f"On {count(overall.n)} held-out pairs the reward model prefers the chosen answer in {rate(overall)}."
-    if not shown(overall.low, overall.high, 0.5):
-        says += " The interval includes chance (50\u202f%): not shown to do better than a coin."
-    sentences = [says]
-    rules = {name: value for name, value in evaluation.baselines.items() if known(value.rate)}
-    if rules:
-        best = max(rules, key=lambda name: rules[name].rate or 0.0)
-        above = overall.low is not None and overall.low > (rules[best].rate or 0.0)
-        lies = "lies above" if above else "does not lie above"
-        rule = RULES.get(best, best.replace("_", " "))
-        sentences.append(
-            f"Its interval {lies} the best simple rule, \u201c{rule}\u201d, at {percent(rules[best].rate)}."
-        )
-    floor = evaluation.min_heldout_accuracy
-    if floor is not None:
-        rates = {tag: value.rate for tag, value in evaluation.heldout.items() if tag != "all"}
-        low = [tag_name(tag) for tag, value in rates.items() if value is not None and value < floor]
-        met = f"missed for {_listed(low)} prompts" if low else "met for every kind of prompts"
-        sentences.append(f"The recipe\u2019s floor of {percent(floor)} was {met}.")
-    return sentences
-
-
 def _comparison(results: Results, policy: str, against: str, differences: Sequence[Difference]) -> str:
     """Say where one policy refuses more, fewer, or shows no difference."""
     changed: list[str] = []
@@ -264,10 +242,10 @@ def _comparison(results: Results, policy: str, against: str, differences: Sequen
     name, other = POLICIES.get(policy, policy), POLICIES.get(against, against)
     words = []
     if changed:
-        words.append(f"Compared with {other}, {name} refuses {_listed(changed)}.")
+        words.append(f"Compared with {other}, {name} refuses {listed(changed)}.")
     if same:
         lead = "No difference shown on" if changed else f"Between {name} and {other}, no difference shown on"
-        words.append(f"{lead} {_listed(same)}.")
+        words.append(f"{lead} {listed(same)}.")
     return " ".join(words)
 
 
@@ -281,7 +259,8 @@ def _preference(one: WinRate) -> str:
     return says + ("." if differs else ": the interval includes one half, so no preference shown.")
 
 
-def _listed(parts: Sequence[str]) -> str:
+def listed(parts: Sequence[str]) -> str:
+    """Join words with commas."""
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
 
 

@@ -66,7 +66,7 @@ def assign_roles(run: Run) -> Actors:
         weight, actors.critic_offset = actors.model.critic_start()
         base.add_role(CRITIC, trainable=True, adapter=run.output("reward", "adapter"), outputs=1)
         with torch.no_grad():
-            base.heads[CRITIC].weight.copy_(weight)
+            base.head_weight(CRITIC).copy_(weight)
     elif own_critic:
         base.add_role(CRITIC, trainable=True, head=True)
     else:

@@ -137,7 +137,7 @@ def train_role(run: Run, base: SharedBase, role: str, split: Split) -> int:
     torch.manual_seed(seed)
     start = run.output("sft", "adapter") if starting_adapter(run) else None
     base.add_role(role, trainable=True, head=True, outputs=1 if role == COST else settings.num_heads, adapter=start)
-    nn.init.normal_(base.heads[role].weight, std=(base.hidden_size + 1) ** -0.5)  # Huang et al. 2024, detail 11
+    nn.init.normal_(base.head_weight(role), std=(base.hidden_size + 1) ** -0.5)  # Huang et al. 2024, detail 11
     rated = standard_ratings([*split.train, *split.dev, *split.heldout])
     learned, watched = (
         cost_examples(base, part, settings) if role == COST else examples(base, part, settings, rated)
@@ -149,13 +149,14 @@ def train_role(run: Run, base: SharedBase, role: str, split: Split) -> int:
     steps = train(run, base, job, settings)
     files.write_json(folder / "trained.json", {"steps": steps, "examples": len(job.train)})
     base.save_role(role, folder / "adapter")
+    base.freeze(role)
     return steps
 
 
 def measure(run: Run, base: SharedBase, roles: list[str], split: Split) -> dict[str, Any]:
     """Measure the reward model on held-out rows; write ``calibration.json`` and ``suspects.jsonl``."""
     settings, folder = run.recipe.reward, run.stage_folder(NAME)
-    members = sum(base.heads[role].weight.shape[0] for role in roles)
+    members = sum(len(base.head_weight(role)) for role in roles)
     model = RewardModel(base, roles, [Scale(0.0, 1.0)] * members, _MEAN)
     heldout = worth.score_rows(model, split.heldout, settings.microbatch, run.progress, "scores of held-out rows")
     scored = torch.cat(heldout.members)
@@ -183,7 +184,7 @@ def measure(run: Run, base: SharedBase, roles: list[str], split: Split) -> dict[
         "counterfactual": worth.counterfactual_gaps(model, split.heldout, model.scale.scale, settings.microbatch),
     }
     if settings.suspects:
-        every = split.train + split.dev
+        every = [*split.train, *split.dev]
         own = worth.score_rows(model, every, settings.microbatch, run.progress, "scores of train rows")
         both = worth.Scored(own.rows + heldout.rows, own.members + heldout.members)
         files.write_jsonl(folder / "suspects.jsonl", worth.suspects(both, settings.suspects))

@@ -40,7 +40,9 @@ def score_rows(model: RewardModel, rows: Sequence[Labelled], size: int, progress
         for start in range(0, len(order), size):
             part = order[start : start + size]
             scores = model.members([groups[index] for index in part]).cpu()
-            for index, own in zip(part, scores.split([len(groups[index].responses) for index in part]), strict=True):
+            for index, own in zip(
+                part, torch.split(scores, [len(groups[index].responses) for index in part]), strict=True
+            ):
                 found[index] = own
             task.advance(len(part))
     return Scored(list(rows), found)
@@ -206,13 +208,13 @@ def counterfactual_gaps(model: RewardModel, rows: Sequence[Labelled], scale: flo
     return found
 
 
-def suspects(scored: Scored, count: int) -> list[dict[str, Any]]:
+def suspects(scored: Scored, limit: int) -> list[dict[str, Any]]:
     """Return the comparisons whose labels the ensemble speaks against most: likely flipped ones.
 
     They are ordered by the mean gap over members, worst first (Wang et al. 2024, arXiv 2401.06080, section 2). `std` is
     how far the members disagree: a low mean with a low deviation is the strongest sign.
     """
-    found = []
+    found: list[dict[str, Any]] = []
     for row, own in zip(scored.rows, scored.members, strict=True):
         if isinstance(row, Comparison) and row.preference > 0.5:
             gaps = own[0] - own[1]
@@ -228,7 +230,7 @@ def suspects(scored: Scored, count: int) -> list[dict[str, Any]]:
                     "rejected": text_of(row.rejected),
                 }
             )
-    return sorted((row for row in found if row["gap"] < 0), key=lambda row: row["gap"])[:count]
+    return sorted((row for row in found if row["gap"] < 0), key=lambda row: float(row["gap"]))[:limit]
 
 
 # --- costs -----------------------------------------------------------------------------------------------------------
@@ -243,18 +245,18 @@ def describe_costs(rows: Sequence[Comparison], costs: Sequence[Tensor]) -> dict[
     signs: list[tuple[bool, float]] = []
     orders: list[float] = []
     for row, own in zip(rows, costs, strict=True):
-        for safe, cost in zip((row.chosen_safe, row.rejected_safe), own.tolist(), strict=True):
-            if safe is not None:
-                signs.append((not safe, cost))
+        for label, cost in zip((row.chosen_safe, row.rejected_safe), own.tolist(), strict=True):
+            if label is not None:
+                signs.append((not label, cost))
         if row.safer is not None and row.safer != 0.5:
             gap = (own[0] - own[1]).item()
             orders.append(_rightness(-gap if row.safer > 0.5 else gap))
-    unsafe = [cost > 0 for harmful, cost in signs if harmful]
-    safe = [cost <= 0 for harmful, cost in signs if not harmful]
+    unsafe = [float(cost > 0) for harmful, cost in signs if harmful]
+    safe = [float(cost <= 0) for harmful, cost in signs if not harmful]
     return {
-        "sign": _rate([*map(float, unsafe), *map(float, safe)]) if signs else None,
-        "sign_of_unsafe": _rate([*map(float, unsafe)]) if unsafe else None,
-        "sign_of_safe": _rate([*map(float, safe)]) if safe else None,
+        "sign": _rate(unsafe + safe) if signs else None,
+        "sign_of_unsafe": _rate(unsafe) if unsafe else None,
+        "sign_of_safe": _rate(safe) if safe else None,
         "unsafe": _rate([float(harmful) for harmful, _ in signs]) if signs else None,
         "order": _rate(orders) if orders else None,
         "heldout_rows": len(rows),

@@ -53,9 +53,9 @@ class Example:
 class Split(NamedTuple):
     """Rows to train on, to stop training by, and to measure with."""
 
-    train: list[Labelled]
-    dev: list[Labelled]
-    heldout: list[Labelled]
+    train: Sequence[Labelled]
+    dev: Sequence[Labelled]
+    heldout: Sequence[Labelled]
 
 
 class Usable(NamedTuple):

@@ -41,7 +41,7 @@ def example_losses(scores: Tensor, examples: Sequence[Example], settings: Reward
         The losses ``[B, H]`` without weights, and chosen minus rejected (for costs: more minus less harmful), averaged
         over heads, of each pair.
     """
-    parts = list(scores.split([len(example.responses) for example in examples]))
+    parts: Sequence[Tensor] = torch.split(scores, [len(example.responses) for example in examples])
     rows: list[Tensor | None] = [None] * len(examples)
     gaps: list[Tensor] = []
     pairs = [index for index, example in enumerate(examples) if example.kind in ("pair", "cost")]
@@ -75,15 +75,17 @@ def _pairs(first: Tensor, second: Tensor, examples: Sequence[Example], settings:
         rows = [examples[place] for place in places]
         p = _column(a, [0.5 if row.preference is None else row.preference for row in rows])
         if kind == "cost":
-            signs = [_column(a, [row.signs[side] for row in rows]) for side in (0, 1)]
+            first_sign, second_sign = (_column(a, [row.signs[side] for row in rows]) for side in (0, 1))
             known = _column(a, [float(row.preference is not None) for row in rows])
-            result[places] = cost_loss(a, b, *signs, preference=p, order_weight=known)
+            result[places] = cost_loss(a, b, first_sign, second_sign, preference=p, order_weight=known)
             continue
-        p = smoothed_preference(p, smoothing)
+        target = smoothed_preference(p, smoothing)
         margin = _column(a, [row.margin for row in rows])
-        one = noise_corrected(a, b, p, margin, eps=flip_rate) if name == "noise_corrected" else None
-        loss = bradley_terry(a, b, p, margin) if one is None else one
-        result[places] = loss + settings.center_rewards_coefficient * centering_penalty(a, b)
+        corrected = name == "noise_corrected"
+        cost = (
+            noise_corrected(a, b, target, margin, eps=flip_rate) if corrected else bradley_terry(a, b, target, margin)
+        )
+        result[places] = cost + settings.center_rewards_coefficient * centering_penalty(a, b)
     return result
 
 

@@ -107,7 +107,7 @@ class RewardModel:
         A critic starts as a copy of the first adapter with this head: for one adapter, at temperature-free states, it
         says exactly what the mean of its heads says, ``head(hidden) - offset``.
         """
-        weight = self.base.heads[self.roles[0]].weight.detach()
+        weight = self.base.head_weight(self.roles[0]).detach()
         scales = self.scales[: len(weight)]
         if len(self.scales) == 1:
             return weight.clone(), 0.0

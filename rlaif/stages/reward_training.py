@@ -8,7 +8,14 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainingArguments
+from transformers import (
+    EarlyStoppingCallback,
+    PrinterCallback,
+    Trainer,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from rlaif.model.groups import Group, score_groups
 from rlaif.model.roles import SharedBase
@@ -95,7 +102,7 @@ class RewardTrainer(Trainer):  # type: ignore[misc]
         if len(every):
             metrics["eval_accuracy"] = (every > 0).float().mean().item()
         self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
@@ -111,8 +118,23 @@ class RewardTrainer(Trainer):  # type: ignore[misc]
                 parameter.copy_(state[name])
 
     def _load_best_model(self) -> None:
-        if self.state.best_model_checkpoint:
-            self._load_from_checkpoint(self.state.best_model_checkpoint)
+        if self.state.best_global_step:  # by its number: the run folder may have been moved since
+            self._load_from_checkpoint(str(Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"))
+
+    def stopped_early(self, checkpoint: str | None) -> bool:
+        """Tell whether a training had already been stopped when it wrote this checkpoint; then load its best weights.
+
+        `Trainer` would train on: it forgets that it was told to stop.
+        """
+        patience = self._settings.early_stopping_patience
+        if checkpoint is None or patience is None:
+            return False
+        self.state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+        counted = self.state.stateful_callbacks["EarlyStoppingCallback"]["attributes"]
+        stopped: bool = counted["early_stopping_patience_counter"] >= patience
+        if stopped:
+            self._load_best_model()
+        return stopped
 
 
 def train(run: Run, base: SharedBase, job: Job, settings: RewardSection) -> int:
@@ -138,7 +160,8 @@ def train(run: Run, base: SharedBase, job: Job, settings: RewardSection) -> int:
         trainer.remove_callback(PrinterCallback)
         if settings.early_stopping_patience:
             trainer.add_callback(EarlyStoppingCallback(settings.early_stopping_patience))
-        train_to(trainer, checkpoint, steps)
+        if not trainer.stopped_early(checkpoint):
+            train_to(trainer, checkpoint, steps)
         taken = int(trainer.state.global_step)
     return taken
 
@@ -159,5 +182,6 @@ def _watching(settings: RewardSection) -> dict[str, Any]:
             "metric_for_best_model": "eval_loss",
             "greater_is_better": False,
             "save_steps": settings.eval_steps,
+            "restore_callback_states_from_checkpoint": True,  # how long it has been patient
         }
     return options

@@ -39,7 +39,8 @@ def machine(threads: int) -> str:
 
 def text_ids(base) -> tuple[list[int], list[int]]:
     """Return the shipped prompts as one stream of ids, and the ids that close a user's turn."""
-    texts = [json.loads(line)["prompt"] for path in sorted((ROOT / "prompts").glob("*.jsonl")) for line in path.open()]
+    rows = [json.loads(line) for path in sorted((ROOT / "prompts").glob("*.jsonl")) for line in path.open()]
+    texts = [row["prompt"] for row in rows if "prompt" in row]  # attacks.jsonl holds something else
     stream = base.tokenizer.prompt([{"role": "user", "content": " ".join(texts)}])
     short = base.tokenizer.prompt([{"role": "user", "content": "one"}])
     other = base.tokenizer.prompt([{"role": "user", "content": "two"}])

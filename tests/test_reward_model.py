@@ -1,0 +1,94 @@
+"""A reward model put together from heads and adapters: members, combinations, and the critic that starts from it."""
+
+import json
+
+import pytest
+import tiny_runs
+import torch
+
+from rlaif.errors import StageError
+from rlaif.model import sampling
+from rlaif.model.groups import Group
+from rlaif.model.roles import SharedBase
+from rlaif.recipe import Combination, ModelSection
+from rlaif.stages.reward_model import RewardModel, Scale, part_folder, read_calibration, roles_of
+
+GROUPS = [Group([1, 70, 71], [[80, 2], [81, 82, 2]]), Group([1, 72], [[83, 2]])]
+
+
+@pytest.fixture
+def base(tiny_model):
+    return SharedBase.load(ModelSection(model_name_or_path=str(tiny_model)))
+
+
+def stirred(base, role, outputs, seed):
+    base.add_role(role, head=True, outputs=outputs)
+    generator = torch.Generator().manual_seed(seed)
+    for _, parameter in base.named_parameters_of(role):
+        parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+
+
+def test_members_are_all_outputs_of_all_roles_padded_or_packed_alike(base):
+    stirred(base, "reward", 2, 0)
+    stirred(base, "reward-2", 1, 1)
+    model = RewardModel(base, ["reward", "reward-2"], [Scale(0.0, 1.0)] * 3, Combination())
+    packed = model.members(GROUPS)
+    batch = sampling.pack(
+        base, [g.prompt for g in GROUPS for _ in g.responses], [r for g in GROUPS for r in g.responses]
+    )
+    assert packed.shape == (3, 3)
+    assert torch.allclose(packed, model.members(batch), atol=1e-5)
+    assert len({round(value, 6) for value in packed[0].tolist()}) == 3
+
+
+@pytest.mark.parametrize(
+    ("combination", "expected"),
+    [
+        (Combination(), 0.5),
+        (Combination(ensemble="worst"), -1.0),
+        (Combination(ensemble="uncertainty", uncertainty_coef=0.5), 0.5 - 0.5 * 2.25),
+    ],
+)
+def test_members_are_put_together_on_one_scale(base, combination, expected):
+    """Members 3 and 4 are 2 and -1 deviations from their means."""
+    model = RewardModel(base, [], [Scale(1.0, 1.0), Scale(5.0, 1.0)], combination)
+    assert model.combine(torch.tensor([[3.0, 4.0]])).item() == pytest.approx(expected)
+    assert model.scale == Scale(0.0, 1.0)
+
+
+def test_one_member_keeps_its_number_whatever_the_combination(base):
+    model = RewardModel(base, [], [Scale(1.0, 2.0)], Combination(ensemble="worst"))
+    assert model.combine(torch.tensor([[3.0]])).item() == 3.0
+    assert model.scale == Scale(1.0, 2.0)
+
+
+@pytest.mark.parametrize("outputs", [1, 3])
+def test_a_critic_starts_with_what_the_mean_of_the_heads_says(base, outputs):
+    stirred(base, "reward", outputs, 2)
+    scales = [Scale(0.3 * n, 1.0 + n) for n in range(outputs)]
+    model = RewardModel(base, ["reward"], scales, Combination())
+    weight, offset = model.critic_start()
+    base.add_role("critic", like="reward", head=True)
+    base.heads["critic"] = torch.nn.Linear(base.hidden_size, 1, bias=False)
+    with torch.no_grad():
+        base.head_weight("critic").copy_(weight)
+    critic = RewardModel(base, ["critic"], [Scale(0.0, 1.0)], Combination())
+    assert torch.allclose(critic.score(GROUPS) - offset, model.score(GROUPS), atol=1e-5)
+
+
+def test_a_model_is_loaded_with_all_its_adapters_from_what_the_stage_wrote(tmp_path, tiny_model):
+    with tiny_runs.opened(tmp_path, tiny_model) as run:
+        stage = run.stage_folder("reward")
+        for seed, role in enumerate(roles_of("reward", 3)):
+            tiny_runs.save_random_role(run, "reward", part_folder(stage, role) / "adapter", seed=seed, head=True)
+        members = [{"offset": float(n), "scale": 1.0} for n in range(3)]
+        (stage / "calibration.json").write_text(json.dumps({"members": members}))
+        model = RewardModel.load(run.load_base(), stage, Combination())
+    assert model.roles == ["reward", "reward-2", "reward-3"]
+    assert [one.offset for one in model.scales] == [0.0, 1.0, 2.0]
+    assert model.members(GROUPS).shape == (3, 3)
+
+
+def test_a_folder_without_a_reward_model_is_named(tmp_path):
+    with pytest.raises(StageError, match=r"holds no trained reward model.*run the stage `reward`"):
+        read_calibration(tmp_path)
