@@ -16,7 +16,7 @@ from rlaif.endpoints import BASE, RAY, Endpoint
 from rlaif.errors import ConfigError
 from rlaif.filters import REASONS
 from rlaif.overrides import Overridden, override
-from rlaif.reward_parts import CompositeSection
+from rlaif.reward_parts import OWN_STAGE, CompositeSection, find_cost_stage
 from rlaif.sections import Combination as Combination
 from rlaif.sections import Fraction, NonNegative, Positive, PositiveFloat, Section
 from rlaif.sections import HumanSection as HumanSection
@@ -237,7 +237,7 @@ class Recipe(Section):
         for part in parts:
             if part.model and not has_reward:
                 raise ValueError(f"the part `{part.name}` of ppo.rewards needs the stage `reward` before it")
-            if part.cost == "reward" and not (has_reward and self.reward.cost):
+            if part.cost == OWN_STAGE and not (has_reward and self.reward.cost):
                 raise ValueError(
                     f"the part `{part.name}` of ppo.rewards needs the stage `reward` before it, with reward.cost: true"
                 )
@@ -277,6 +277,7 @@ class Loaded(BaseModel):
     candidate_files: list[Path] = []
     reference: Path | None = None
     adapters: dict[str, Path] = {}
+    cost_stage: Path | None = None
 
 
 def load_recipe(path: Path, overrides: list[str] = []) -> Loaded:  # noqa: B006
@@ -305,6 +306,7 @@ def load_recipe(path: Path, overrides: list[str] = []) -> Loaded:  # noqa: B006
         candidate_files=[find("recipes", name, here) for name in recipe.label.candidate_files],
         reference=find("recipes", recipe.label.reference, here) if recipe.label.reference else None,
         adapters={name: _adapter(name, here) for name in _adapters_named(recipe.label)},
+        cost_stage=find_cost_stage(recipe.ppo.rewards, here),
     )
 
 

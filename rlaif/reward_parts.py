@@ -1,12 +1,15 @@
 """The parts that PPO's reward may be put together from, as a recipe lists them: `ppo.rewards` and how they combine."""
 
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from rlaif.errors import ConfigError
 from rlaif.sections import Fraction, Positive, PositiveFloat, Section
 
 SOURCES = ("model", "cost", "function", "judge", "length", "repetition")
+OWN_STAGE = "reward"  # the value of `cost` that means this run's own adapter
 _LOGITS = ("model", "cost", "function")
 
 
@@ -104,6 +107,23 @@ class CompositeSection(Section):
             raise ValueError(
                 f"the part `{wrong[0].name}` is a rating, which is no logit; a gate reads {', '.join(_LOGITS)}"
             )
+
+
+def find_cost_stage(parts: list[RewardPart], here: Path) -> Path | None:
+    """Return another run's folder that a part of the reward names for its cost adapter; None where no part does.
+
+    Raises:
+        ConfigError: it holds none, neither beside the recipe (`here`) nor in the working folder.
+    """
+    for name in [part.cost for part in parts if part.cost and part.cost != OWN_STAGE]:
+        for root in (here, Path.cwd()):
+            if (root / name / "cost" / "adapter" / "adapter_config.json").is_file():
+                return (root / name).resolve()
+        raise ConfigError(
+            f"ppo.rewards: no cost adapter in `{name}`; looked for cost/adapter in it, beside the recipe and in the "
+            f"working folder. Name `{OWN_STAGE}` for this run's own, or a folder such as runs/NAME/4-reward."
+        )
+    return None
 
 
 def _refuse_twice(values: list[str], what: str) -> None:

@@ -316,22 +316,19 @@ def test_a_reward_depends_on_its_parts_and_on_the_cost_adapter(opened, functions
 # --- the cost adapter ------------------------------------------------------------------------------------------------
 
 
-def test_a_cost_adapter_is_found_in_this_run_beside_the_recipe_or_in_the_working_folder(opened, tmp_path):
-    run = opened(rewards=[{"name": "harm", "cost": "reward"}])
+def test_the_cost_adapter_is_this_runs_or_that_of_the_folder_named(opened):
+    run = opened("own", rewards=[{"name": "harm", "cost": "reward"}])
     own = run.stage_folder("reward")
-    assert cost_stage(run, "reward") == own
-    assert cost_stage(run, own.relative_to(tmp_path / "run").as_posix()) == own
-    assert cost_stage(run, str(own)) == own
+    assert cost_stage(run) == own
+    other = opened("other", rewards=[{"name": "harm", "cost": str(own)}])
+    assert cost_stage(other) == own
+    assert ppo.inputs(other)["cost"] == ppo.inputs(run)["cost"]
 
 
-@pytest.mark.parametrize(
-    ("name", "advice"),
-    [("reward", "Set reward.cost: true"), ("elsewhere", "Name `reward` for this run's own, or a folder")],
-)
-def test_where_there_is_no_cost_adapter_ppo_says_where_it_looked(opened, name, advice):
-    run = opened(rewards=[{"name": "harm", "cost": name}])
+def test_without_a_trained_cost_adapter_ppo_says_to_train_one(opened):
+    run = opened(rewards=[{"name": "harm", "cost": "reward"}])
     (run.stage_folder("reward") / "cost").rename(run.stage_folder("reward") / "moved")
-    with pytest.raises(StageError) as caught:
+    with pytest.raises(
+        StageError, match=r"4-reward/cost: holds no trained reward model .* run the stage `reward` first"
+    ):
         ppo.ppo(run)
-    assert f"ppo.rewards: no cost adapter in `{name}`; looked for cost/adapter in " in str(caught.value)
-    assert advice in str(caught.value)

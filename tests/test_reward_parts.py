@@ -30,7 +30,6 @@ def recipe(folder: Path, stages: list[str], **ppo: Any) -> Recipe:
         {"rewards": [F, G], "combine": "worst"},
         {"rewards": [F, G, LONG], "combine": "gate", "gate_safety": "f", "gate_helpfulness": "g", "gate_tags": ["x"]},
         {"rewards": [F, JUDGE, {"name": "r", "repetition": 3, "weight": 0.1}]},
-        {"rewards": [{"name": "c", "cost": "runs/other/4-reward"}]},
     ],
 )
 def test_parts_that_fit_are_taken_in_the_order_of_their_names(ppo: dict[str, Any], tmp_path: Path) -> None:
@@ -85,6 +84,10 @@ def test_a_part_says_where_it_comes_from(tmp_path: Path) -> None:
             {"rewards": [{"name": "c", "cost": "reward"}]},
             "the part `c` of ppo.rewards needs the stage `reward` before it, with",
         ),
+        (
+            {"rewards": [{"name": "c", "cost": "runs/other/4-reward"}]},
+            "ppo.rewards: no cost adapter in `runs/other/4-reward`; looked for cost/adapter in it",
+        ),
         ({}, "ppo needs the stage `reward` before it, or ppo.reward_function or ppo.rewards"),
     ],
 )
@@ -92,7 +95,15 @@ def test_parts_that_do_not_fit_are_refused_with_the_reason(ppo: dict[str, Any], 
     with pytest.raises(ConfigError) as caught:
         recipe(tmp_path, ["ppo"], **ppo)
     assert complaint in str(caught.value)
-    assert str(tmp_path / "recipe.yaml") in str(caught.value)
+    assert str(tmp_path / "recipe.yaml") in str(caught.value) or "no cost adapter" in complaint
+
+
+def test_a_cost_adapter_of_another_run_is_found_beside_the_recipe(tmp_path: Path) -> None:
+    adapter = tmp_path / "other" / "4-reward" / "cost" / "adapter"
+    adapter.mkdir(parents=True)
+    (adapter / "adapter_config.json").write_text("{}")
+    recipe(tmp_path, ["ppo"], rewards=[{"name": "c", "cost": "other/4-reward"}])
+    assert load_recipe(tmp_path / "recipe.yaml").cost_stage == adapter.parent.parent
 
 
 def test_a_cost_of_this_run_needs_a_reward_stage_that_trains_one(tmp_path: Path) -> None:

@@ -150,8 +150,8 @@ def _part_figures(rows: Metrics) -> list[Figure]:
     lines = [Series(name, points(rows, "update", PART + name), colour=index % 4) for index, name in enumerate(names)]
     title = "Parts of the reward"
     note = (
-        "Mean of each part over the update\u2019s responses: scores in standard deviations from the first update\u2019s "
-        "mean (logits with a gate), penalties in tokens or shares. A score that rises alone may be a shortcut."
+        "Mean of each part over the update\u2019s responses: scores in standard deviations from the mean of the first "
+        "update (logits with a gate), penalties in tokens or shares. A score that rises alone may be a shortcut."
     )
     return [Figure(title, line_chart(lines, title=title, x_label="update"), note)] if lines else []
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rlaif.errors import DataError, StageError
+from rlaif.errors import DataError
 from rlaif.maths.composition import Standard, gate, standard_of, standardize, weighted_sum, worst_of
 from rlaif.model.roles import SharedBase
 from rlaif.model.sampling import Batch, in_microbatches
@@ -27,7 +27,6 @@ from rlaif.stages.rewards import RewardFunction, call_function, call_where_it_ap
 from rlaif.stages.run import Run
 
 SCALE = "scale.json"
-OWN_STAGE = "reward"  # the value of `cost` that means this run's stage
 Scorer = Callable[[Sequence[Prompt], Sequence[str], Batch], Tensor]
 
 
@@ -66,7 +65,7 @@ class Composite:
         self._functions: dict[str, RewardFunction] = {}
         for part in self.settings.rewards:
             if part.cost:
-                self._models[part.name] = RewardModel.load(base, cost_stage(run, part.cost), Combination(), COST)
+                self._models[part.name] = RewardModel.load(base, cost_stage(run), Combination(), COST)
             elif part.model:
                 assert model, "the stage loads the reward model for the part that names it"
                 self._models[part.name] = model
@@ -143,40 +142,15 @@ def needs_reward_model(run: Run) -> bool:
     return any(part.model for part in settings.rewards) or not (settings.reward_function or settings.rewards)
 
 
-def cost_stage(run: Run, name: str) -> Path:
-    """Return the folder of the stage `reward` whose cost adapter a part names.
-
-    Raises:
-        StageError: there is none; says where was looked.
-    """
-    places = cost_places(run, name)
-    for place in places:
-        if (place / COST / "adapter" / "adapter_config.json").is_file():
-            return place
-    how = (
-        "Set reward.cost: true and run the stage `reward` first."
-        if name == OWN_STAGE
-        else f"Name `{OWN_STAGE}` for this run's own, or a folder such as runs/NAME/4-reward."
-    )
-    raise StageError(
-        f"ppo.rewards: no cost adapter in `{name}`; looked for {COST}/adapter in "
-        f"{' and '.join(map(str, places))}. {how}"
-    )
-
-
-def cost_places(run: Run, name: str) -> list[Path]:
-    """Return where a cost adapter is looked for: this run's stage, or beside the recipe and in the working folder."""
-    if name == OWN_STAGE:
-        return [run.stage_folder("reward")]
-    return list(dict.fromkeys([run.loaded.path.parent / name, Path.cwd() / name]))
+def cost_stage(run: Run) -> Path:
+    """Return the folder of the stage `reward` whose cost adapter takes part: this run's, or the one named."""
+    return run.loaded.cost_stage or run.stage_folder("reward")
 
 
 def cost_files(run: Run) -> dict[str, Path]:
     """Return the cost adapter that the reward depends on, for a stage's inputs; nothing where no part is a cost."""
-    names = [part.cost for part in run.recipe.ppo.rewards if part.cost]
-    found = [place / COST / "adapter" for name in names for place in cost_places(run, name)]
-    there = [folder for folder in found if folder.is_dir()]
-    return {"cost": (there or found)[0]} if found else {}
+    named = any(part.cost for part in run.recipe.ppo.rewards)
+    return {"cost": cost_stage(run) / COST / "adapter"} if named else {}
 
 
 def composite_inputs(run: Run) -> dict[str, Any]:
