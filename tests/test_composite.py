@@ -253,7 +253,7 @@ def test_a_cost_counts_negatively(opened):
     run = opened(rewards=[{"name": "harm", "cost": "reward"}])
     base = run.load_base()
     parts = Composite(run, base, None, "ppo")
-    batch = sampling.pack(base, [[5, 6], [7], [8], [9, 9]], [[10, 11], [12], [13, 14], [15]])
+    batch = sampling.pack(base, [[5, 6], [7], [8], [9, 9]], [[10, 11, 2], [12, 2], [13, 14, 2], [15, 2]])
     with base.acting_as("cost"), torch.no_grad():
         costs = sampling.scores(base, "cost", batch).flatten().tolist()
     total = parts.score(made_up()[0], TEXTS, batch).total
