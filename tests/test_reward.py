@@ -136,7 +136,7 @@ class Scores(torch.nn.Module):
         super().__init__()
         self.scores = torch.nn.Parameter(torch.tensor(scores))
 
-    def forward(self, ids, mask, positions):
+    def forward(self, groups):
         return self.scores
 
 
@@ -144,7 +144,8 @@ def loss_of(chosen, rejected, preference, margin, centering=0.0):
     trainer = reward.RewardTrainer.__new__(reward.RewardTrainer)
     trainer._centering, trainer._seen = centering, []
     labels = {"preference": torch.tensor(preference), "margin": torch.tensor(margin)}
-    loss = trainer.compute_loss(Scores(*chosen, *rejected), {"ids": 0, "mask": 0, "positions": 0, **labels})
+    scores = [score for pair in zip(chosen, rejected, strict=True) for score in pair]
+    loss = trainer.compute_loss(Scores(*scores), {"groups": [], **labels})
     return loss.item(), trainer._seen
 
 
@@ -178,10 +179,8 @@ def test_soft_labels_and_margins_of_the_rows_reach_the_loss(opened):
     batch = reward.collate(base, [reward.encode(base, row) for row in rows])
     assert batch["preference"].tolist() == [0.75, 1.0]
     assert batch["margin"].tolist() == [0.5, 0.0]
-    texts = [
-        base.tokenizer.decode(ids[mask.bool()].tolist()) for ids, mask in zip(batch["ids"], batch["mask"], strict=True)
-    ]
-    assert [text.rsplit("\n", 1)[1] for text in texts] == ["good good good", "a", "bad bad bad", "b"]
+    texts = [[base.tokenizer.decode(answer) for answer in group.responses] for group in batch["groups"]]
+    assert texts == [["good good good", "bad bad bad"], ["a", "b"]]
 
 
 # --- training --------------------------------------------------------------------------------------------------------
