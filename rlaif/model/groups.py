@@ -10,8 +10,8 @@ Models whose attention cannot be replaced take the padded pass.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import accumulate
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,8 +21,12 @@ from rlaif.model import sampling
 from rlaif.model.roles import SharedBase
 
 
-class Group(NamedTuple):
-    """A prompt and one or more responses to it, as token ids; each response is closed by the end of a turn."""
+@dataclass(frozen=True)
+class Group:
+    """A prompt and one or more responses to it, as token ids; each response is closed by the end of a turn.
+
+    No tuple, because `Trainer` takes tuples of its batches apart.
+    """
 
     prompt: Sequence[int]
     responses: Sequence[Sequence[int]]
@@ -33,12 +37,12 @@ class Layout:
 
     def __init__(self, groups: Sequence[Group], device: torch.device):
         """Lay groups out; see `ids`, `positions` and `ends`."""
-        self.ids = [token for prompt, responses in groups for part in (prompt, *responses) for token in part]
+        self.ids = [token for group in groups for part in (group.prompt, *group.responses) for token in part]
         # Pieces of the packed row: [prompt, first response], then each further response; and the prompt's length.
         self._pieces = [
-            (len(prompt) * (not index) + len(response), len(prompt), not index)
-            for prompt, responses in groups
-            for index, response in enumerate(responses)
+            (len(group.prompt) * (not index) + len(response), len(group.prompt), not index)
+            for group in groups
+            for index, response in enumerate(group.responses)
         ]
         self._sizes = [size for size, _, _ in self._pieces]
         starts = [0 if first else prompt for _, prompt, first in self._pieces]
@@ -88,7 +92,7 @@ def hidden_at_ends(base: SharedBase, groups: Sequence[Group]) -> Tensor:
     ``with base.acting_as(role)``.
     """
     if not base.packs:
-        rows = [(prompt, response) for prompt, responses in groups for response in responses]
+        rows = [(group.prompt, response) for group in groups for response in group.responses]
         batch = sampling.pack(base, [prompt for prompt, _ in rows], [response for _, response in rows])
         return sampling.last_hidden(batch, sampling.hidden_states(base, batch))
     layout = Layout(groups, base.device)
