@@ -14,7 +14,7 @@ from rlaif.constitution import Principle, applying, draw
 from rlaif.documents import fingerprint
 from rlaif.engines.engine import Engine
 from rlaif.engines.local import LocalEngine
-from rlaif.human.labels import read_labels
+from rlaif.human.labels import read_comparisons
 from rlaif.model.roles import BASE, SharedBase
 from rlaif.prompt_sets import as_text
 from rlaif.records import Comparison, Messages, Prompt, Split, assistant, text_of, with_system
@@ -175,7 +175,7 @@ def from_files(run: Run) -> tuple[list[Candidate], Unused]:
     seen: Counter[str] = Counter()
     known: set[str] = set()
     for path in run.loaded.candidate_files:
-        imported = read_labels(path, tag=settings.candidate_tag, seed=run.recipe.seed)
+        imported = read_comparisons(path, tag=settings.candidate_tag, seed=run.recipe.seed)
         unused += [{"file": path.name, **row} for row in imported.unused]
         for row in imported.comparisons:
             seen[row.tag] += 1
