@@ -119,12 +119,13 @@ def trace(
 ) -> None:
     """Print where a row came from, back to the sentence of the constitution that caused it."""
     from rlaif import trace as ancestry
+    from rlaif import tree
 
     found = ancestry.trace(folder, row_id)
     if as_json:
-        typer.echo(json.dumps(ancestry.as_json(found), indent=2, ensure_ascii=False))
+        typer.echo(json.dumps(tree.as_json(found), indent=2, ensure_ascii=False))
     else:
-        typer.echo("\n".join(ancestry.as_lines(found)))
+        typer.echo("\n".join(tree.as_lines(found)))
 
 
 @app.command()

@@ -133,14 +133,17 @@ class Reference(Rate):
 
 
 class Labels(Part):
-    """The comparisons that the label stage made."""
+    """The rows that the label stage made or took in; `contradictory` are those of people that oppose another."""
 
     method: str
     comparisons: int
+    ratings: int = 0
+    rankings: int = 0
+    contradictory: int = 0
     ties: int
     unused: dict[str, int] = {}
     by_tag: dict[str, int] = {}
-    chosen_longer: Rate
+    chosen_longer: Rate | None
     chosen_refuses: dict[str, Rate] = {}
     mean_preference: float | None
     same_position: Rate | None = None

@@ -217,6 +217,15 @@ def label_findings(quality: Quality) -> list[str]:
             f"{'lies above' if above else 'does not lie above'} the best simple rule, \u201c{RULES[best]}\u201d, at "
             f"{percent(found.rules[best].rate)}."
         )
+    labels = quality.labels
+    more = [f"{count(n)} {name}" for name, n in (("ratings", labels.ratings), ("rankings", labels.rankings)) if n]
+    if more:
+        sentences.append(f"People\u2019s files also hold {' and '.join(more)}.")
+    if labels.contradictory:
+        sentences.append(
+            f"{count(labels.contradictory)} rows by people contradict another row of the same annotator about the same "
+            "answers. All are kept, because nothing tells which one was meant."
+        )
     return sentences
 
 
