@@ -213,7 +213,7 @@ def _comparison(pair: Pair, names: Fields, identifier: str, counts: float, prove
     if pair.preference < 0.5:
         pair = pair.turned()
         flags += [] if pair.first else [pairs.SWAPPED]
-    flags += [pairs.AGAINST_SIGNS] if pair.against_signs() else []
+    flags += [pairs.AGAINST_SIGNS] if pairs.against_signs(pair) else []
     content = {key: getattr(pair, key) for key in ("prompt", "chosen", "rejected", "preference", "margin")} | names
     # Only what a row says of these goes into its id, so that they change no id of a row that says nothing.
     more = {key: getattr(pair, key) for key in ("safer", "chosen_safe", "rejected_safe")} | {"votes": list(pair.votes)}

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from rlaif.human.answers import answered, checked, refuse_empty, user
 from rlaif.human.json_objects import Fields
 from rlaif.human.values import choice, number, probability, sign
-from rlaif.records import Messages, assistant
+from rlaif.records import Comparison, Messages, assistant
 from rlaif.transcripts import Unusable, conversation, transcript
 
 AGAINST_SIGNS = "safer against the signs"
@@ -47,11 +47,12 @@ class Pair(NamedTuple):
             votes=tuple({**vote, "preference": 1 - vote["preference"]} for vote in self.votes),
         )
 
-    def against_signs(self) -> bool:
-        """Whether one answer is called the safer one, and it alone of the two is called unsafe."""
-        if self.safer is None or self.chosen_safe is None or self.rejected_safe is None:
-            return False
-        return (self.safer - 0.5) * (self.chosen_safe - self.rejected_safe) < 0
+
+def against_signs(pair: Pair | Comparison) -> bool:
+    """Whether one answer is called the safer one, and it alone of the two is called unsafe."""
+    if pair.safer is None or pair.chosen_safe is None or pair.rejected_safe is None:
+        return False
+    return (pair.safer - 0.5) * (pair.chosen_safe - pair.rejected_safe) < 0
 
 
 def hh_rlhf(row: Fields) -> Pair:

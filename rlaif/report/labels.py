@@ -150,6 +150,20 @@ class Labels(Part):
     same_position_choice: Literal["first", "second"] | None = None
 
 
+class Safety(Part):
+    """The safety order and the signs beside the preference; `tests` are the signs of the constitution's tests."""
+
+    pairs: int
+    orders: int
+    same_order: Rate | None
+    safe: int
+    unsafe: int
+    without_sign: dict[str, int] = {}
+    against_signs: int
+    without_principle: int
+    tests: Rate | None
+
+
 class Quality(Part):
     """``quality.json`` of the label stage."""
 
@@ -162,4 +176,5 @@ class Quality(Part):
     votes: Votes | None = None
     flagged: dict[str, int] = {}
     reference: Reference | None = None
+    safety: Safety | None = None
     labels: Labels

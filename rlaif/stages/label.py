@@ -23,6 +23,7 @@ from rlaif.errors import DataError, StageError
 from rlaif.maths import agreement
 from rlaif.records import Comparison, text_of
 from rlaif.stages import quality as qualities
+from rlaif.stages import safety
 from rlaif.stages.candidates import NAME, Candidate, Engines, Unused, collect, comparison
 from rlaif.stages.chains import parts, revised_chains
 from rlaif.stages.construction import by_contrast, by_revision
@@ -36,7 +37,8 @@ STEERS = "tries to steer a judge"
 
 def inputs(run: Run) -> dict[str, str]:
     """Return what this stage's result depends on."""
-    names = ("compare", "contrast", "gather", "rate", "weigh")
+    apart = safety.parts(run)
+    names = ("compare", "contrast", "gather", "rate", "weigh", *(["safe"] if apart else []))
     reference = {} if run.loaded.reference is None else {"reference": run.loaded.reference}
     return run.inputs(
         run.recipe.label,
@@ -56,6 +58,7 @@ def inputs(run: Run) -> dict[str, str]:
         constitution=run.constitution.hash,
         prompts=run.prompts_hash(run.prompts),
         templates=[one.hash for one in (*templates(*names).values(), *parts(run).values())],
+        **({"parts": apart} if apart else {}),
     )
 
 
@@ -138,6 +141,8 @@ def by_judge(run: Run, engines: Engines, panel: Panel) -> tuple[list[Comparison]
     found, unused = collect(run, engines)
     collected = len(found) + len(unused)
     candidates, flags = _unsteered(run, found, unused)
+    if settings.safety:
+        candidates = safety.helpful(run, candidates, unused)
     tested = sorted(candidates, key=lambda one: run.seed("swap test", one.id))[: settings.self_test_rows]
     quality: dict[str, Any] = {
         "candidates": collected,
@@ -148,7 +153,7 @@ def by_judge(run: Run, engines: Engines, panel: Panel) -> tuple[list[Comparison]
     shown = qualities.mixed(run, candidates, gold)
     cast_on = dict(zip([one.id for one in shown], cast(panel, shown, "comparisons"), strict=True))
     ballots = [cast_on[one.id] for one in candidates]
-    comparisons: list[Comparison] = []
+    labelled: list[tuple[Candidate, Comparison]] = []
     preferences: list[float | None] = []
     for one, ballot in zip(candidates, ballots, strict=True):
         reason = ballot.reason if ballot.strength is None else _tie(ballot, settings.min_strength)
@@ -159,7 +164,7 @@ def by_judge(run: Run, engines: Engines, panel: Panel) -> tuple[list[Comparison]
             row |= {"texts": [one.first, one.second], "flags": flags[one.id], "votes": ballot.rows()}
             unused.append(row)
         else:
-            comparisons.append(_labelled(run, panel, one, ballot, flags[one.id]))
+            labelled.append((one, _labelled(run, panel, one, ballot, flags[one.id])))
     references = [
         (preference, one.reference, one.first, one.second)
         for one, preference in zip(candidates, preferences, strict=True)
@@ -170,8 +175,9 @@ def by_judge(run: Run, engines: Engines, panel: Panel) -> tuple[list[Comparison]
         "votes": qualities.votes_shown(ballots),
         "flagged": dict(Counter(flag.partition(": ")[2] for one in found for flag in flags[one.id])),
         "reference": qualities.against_people(references),
+        "safety": safety.add_safety(run, panel, labelled) if settings.safety else None,
     }
-    return comparisons, unused, quality
+    return [row for _, row in labelled], unused, quality
 
 
 def _unsteered(run: Run, found: Sequence[Candidate], unused: Unused) -> tuple[list[Candidate], dict[str, list[str]]]:
