@@ -255,6 +255,23 @@ def applying(constitution: Constitution, tag: str, category: str = "") -> list[P
     return found
 
 
+def tagged(constitution: Constitution, tags: Sequence[str]) -> Constitution:
+    """Return the part of a constitution whose principles have one of these tags.
+
+    Raises:
+        ConstitutionError: no principle has one.
+    """
+    part = [p for p in constitution.principles if set(p.tags) & set(tags)]
+    wanted = " or ".join(f"`{tag}`" for tag in tags)
+    if not part:
+        known = sorted({tag for p in constitution.principles for tag in p.tags})
+        raise ConstitutionError(
+            f"{constitution.name}: no principle is tagged {wanted}; its tags: {', '.join(known) or 'none'}. Add the "
+            "tag to the `tags` of a principle, or name another tag in the recipe."
+        )
+    return constitution.model_copy(update={"name": f"{constitution.name} (tagged {wanted})", "principles": part})
+
+
 def draw(
     constitution: Constitution, *, seed: int, prompt_id: str, step: int, tag: str, category: str = ""
 ) -> Principle:

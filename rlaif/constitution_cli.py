@@ -227,11 +227,11 @@ def induce(
     """Find principles that reconstruct the labels of comparisons (inverse constitutional AI)."""
     from rlaif.constitution_write import as_yaml
     from rlaif.files import write_json, write_text
-    from rlaif.human.labels import read_labels
+    from rlaif.human.labels import read_comparisons
 
     if output.exists():
         raise ConfigError(f"{output}: is there already, and may have been edited. Name another file with --output.")
-    read_labels(path)  # before torch is imported: mistakes are told at once
+    read_comparisons(path)  # before torch is imported: mistakes are told at once
     from rlaif import induce as induction
     from rlaif import judging
     from rlaif.progress import Progress

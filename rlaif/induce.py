@@ -20,7 +20,7 @@ from rlaif.constitution_import import slugged
 from rlaif.documents import file_sha256, fingerprint
 from rlaif.engines.engine import Engine, Question, ask
 from rlaif.errors import DataError
-from rlaif.human.labels import read_labels
+from rlaif.human.labels import read_comparisons
 from rlaif.journal import Journal
 from rlaif.maths import agreement
 from rlaif.progress import Progress
@@ -118,7 +118,7 @@ def induce(
     """Find principles that reconstruct the labels of a file of comparisons.
 
     Args:
-        path: comparisons of any form that `human.labels.read_labels` knows.
+        path: comparisons of any form that `human.labels.read_comparisons` knows.
         recipe: names the model.
         engine: who proposes and votes.
         journal: where answers are kept.
@@ -128,7 +128,7 @@ def induce(
     Raises:
         DataError: the file cannot be read, or one half has no pair with a side.
     """
-    halves = split(path, read_labels(path).comparisons, options)
+    halves = split(path, read_comparisons(path).comparisons, options)
     progress.say(f"{len(halves.propose)} pairs to propose from, {len(halves.heldout)} to test on")
     proposals, unusable = propose(engine, journal, progress, halves.propose, options.seed)
     candidates = cluster(proposals)[: options.max_candidates]

@@ -45,7 +45,7 @@ PLAIN = {
     "journal",
     "progress",
 }
-TOP = {"report", "pipeline", "trace", "plan", "chat", "environment", "induce", "judging"}
+TOP = {"report", "pipeline", "trace", "tree", "plan", "chat", "environment", "induce", "judging"}
 COMMANDS = {"cli", "constitution_cli"}
 ALLOWED = {
     "plain": set(),

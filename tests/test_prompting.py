@@ -40,6 +40,12 @@ VALUES = {
         "better": "A",
     },
     "rate": {"prompt": "How do I boil an egg?", "response": ANSWER, "principle": "The answer helps."},
+    "safe": {
+        "prompt": "How do I boil an egg?",
+        "response": ANSWER,
+        "principle": "The answer hurts nobody.",
+        "order": "given",
+    },
     "instruct": {"prompt": "How do I boil an egg?", "instructions": "Answer in one sentence."},
     "revise_directly": {
         "prompt": "How do I boil an egg?",

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
-from rlaif.constitution import Principle, applying, draw
+from rlaif.constitution import Constitution, Principle, applying, draw
 from rlaif.documents import fingerprint
 from rlaif.engines.engine import Engine
 from rlaif.engines.local import LocalEngine
-from rlaif.human.labels import read_labels
+from rlaif.human.labels import read_comparisons
 from rlaif.model.roles import BASE, SharedBase
 from rlaif.prompt_sets import as_text
 from rlaif.records import Comparison, Messages, Prompt, Split, assistant, text_of, with_system
@@ -175,7 +175,7 @@ def from_files(run: Run) -> tuple[list[Candidate], Unused]:
     seen: Counter[str] = Counter()
     known: set[str] = set()
     for path in run.loaded.candidate_files:
-        imported = read_labels(path, tag=settings.candidate_tag, seed=run.recipe.seed)
+        imported = read_comparisons(path, tag=settings.candidate_tag, seed=run.recipe.seed)
         unused += [{"file": path.name, **row} for row in imported.unused]
         for row in imported.comparisons:
             seen[row.tag] += 1
@@ -206,9 +206,15 @@ def _of_prompt(run: Run, prompt: Prompt, first: str, second: str, name: str, ori
     return Candidate(name, prompt.id, prompt.messages, first, second, *about)
 
 
-def principles_of(run: Run, prompt_id: str, tag: str, category: str = "") -> tuple[Principle, ...]:
-    """Return the principles that a pair is judged by: the drawn one, or all that apply."""
-    constitution = run.constitution
+def principles_of(
+    run: Run, prompt_id: str, tag: str, category: str = "", part: Constitution | None = None
+) -> tuple[Principle, ...]:
+    """Return the principles that a pair is judged by: the drawn one, or all that apply; of a part, where one is given.
+
+    Raises:
+        ConstitutionError: none applies.
+    """
+    constitution = part or run.constitution
     if run.recipe.label.principles == "one":
         return (draw(constitution, seed=run.recipe.seed, prompt_id=prompt_id, step=0, tag=tag, category=category),)
     return tuple(applying(constitution, tag, category))

@@ -47,11 +47,11 @@ def by_logprobs(who: Judge, pairs: Sequence[Pair], title: str) -> list[Opinion]:
         for order in ORDERS
     ]
     answers = who.ask(questions, title)
-    return [_read(who, answers[index : index + 2]) for index in range(0, len(answers), 2)]
+    return [read_orders(who, answers[index : index + 2]) for index in range(0, len(answers), 2)]
 
 
-def _read(who: Judge, answers: Sequence[Answer]) -> Opinion:
-    """Return what both orders say together, or why they say nothing."""
+def read_orders(who: Judge, answers: Sequence[Answer]) -> Opinion:
+    """Return what the letters say of the first option in both orders together, or why they say nothing."""
     failed = failure(*answers)
     if failed:
         return failed
