@@ -11,6 +11,7 @@ from scripted import CONSTITUTION, ScriptedEngine, make_run, prefers, usual
 from rlaif import cli
 from rlaif.pipeline import _write_recipe
 from rlaif.stages.revise import revise
+from rlaif.stages.run import Run
 
 SMALL = """\
 name: small
@@ -225,7 +226,7 @@ def test_import_overwrites_nothing(rlaif, tmp_path):
 @pytest.fixture
 def judged(monkeypatch, no_sync):
     """Let a scripted engine answer in the place of a model."""
-    return lambda engine: monkeypatch.setattr("rlaif.judging.load_engine", lambda recipe, progress: engine)
+    return lambda engine: monkeypatch.setattr(Run, "engine", lambda run, name, load, **settings: engine)
 
 
 def test_tests_that_pass_exit_with_0_and_below_the_threshold_with_2_and_the_reason(rlaif, judged, tmp_path):

@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 from scripted import CONSTITUTION, Said, ScriptedEngine, prefers
 
-from rlaif import judging
 from rlaif.errors import ConstitutionError
 from rlaif.judging import results_as_text, run_tests
+from rlaif.recipe import only_model
+from rlaif.stages.run import Run
 
 
 @pytest.fixture
@@ -16,10 +17,10 @@ def tested(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_sync: None):
     """Run CONSTITUTION's tests with a scripted judge: ``tested(engine, text, journal=...)``."""
 
     def run(engine: ScriptedEngine, text: str = CONSTITUTION, **options: Any) -> dict[str, Any]:
-        monkeypatch.setattr(judging, "load_engine", lambda recipe, progress: engine)
+        monkeypatch.setattr(Run, "engine", lambda run, name, load, **settings: engine)
         (tmp_path / "small.yaml").write_text(text)
         monkeypatch.chdir(tmp_path)
-        return run_tests(Path("small.yaml"), "tiny", Said(), **options)
+        return run_tests(Path("small.yaml"), only_model("tiny"), Said(), **options)
 
     return run
 
