@@ -2,14 +2,11 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 
 import typer
 
 from rlaif.errors import ConfigError, ConstitutionError, StageError
-
-if TYPE_CHECKING:
-    from rlaif.recipe import Loaded
 
 constitution_app = typer.Typer(
     help="Check, show, compare, import, test and induce constitution files.", no_args_is_help=True
@@ -280,8 +277,8 @@ def induce(
     typer.echo(f"{_count(len(found.constitution.principles), 'principle')} -> {output}; evidence -> {evidence}")
 
 
-def _judges(model: str | None, path: Path | None, judge: str | None) -> "Loaded":
-    """Return the recipe whose section `label` says who judges: one of a model only, or one from a file.
+def _judges(model: str | None, path: Path | None, judge: str | None) -> Any:
+    """Return the recipe (a `Loaded`) whose section `label` says who judges: of a model only, or from a file.
 
     With `judge`, that engine is the only judge.
 
@@ -300,7 +297,7 @@ def _judges(model: str | None, path: Path | None, judge: str | None) -> "Loaded"
     loaded = load_recipe(path)
     known = [BASE, RAY, *loaded.recipe.engines]
     if judge is not None and judge not in known:
-        raise ConfigError(f"--judge {judge}: no engine `{judge}` in {loaded.path}; known: {', '.join(known)}.")
+        raise ConfigError(f"--judge {judge}: no engine `{judge}` in {path}; known: {', '.join(known)}.")
     if judge is not None:
         label = loaded.recipe.label
         label.judge, label.judges = judge, []
