@@ -12,8 +12,10 @@ from hostile_server import Asked, HostileServer, Reply, choice, text
 from scripted import CONSTITUTION, ScriptedEngine, make_run, prefers, usual
 
 from rlaif import cli
+from rlaif.constitution import load
 from rlaif.engines.engine import Question
 from rlaif.pipeline import _write_recipe
+from rlaif.requests import fence_of
 from rlaif.stages.revise import revise
 from rlaif.stages.run import Run
 
@@ -110,7 +112,7 @@ def test_without_a_prompt_show_prints_the_wordings(rlaif, small):
     assert out.splitlines()[-2] == "  weight 1; for prompts tagged anything"
 
 
-def test_with_a_prompt_show_prints_three_requests_with_their_worked_turns(rlaif, small):
+def test_with_a_prompt_show_prints_three_requests_with_their_worked_turns(rlaif, small, tmp_path):
     code, out, _ = rlaif(
         "show", small, "--principle", "kind", "--prompt", "Why?", "--response", "So.", "--other", "No."
     )
@@ -127,7 +129,8 @@ def test_with_a_prompt_show_prints_three_requests_with_their_worked_turns(rlaif,
     ]
     assert '"Why?"\n\nThe assistant answered:\n"So."\n\nIs it kind?\n' in out
     assert "A reviewer said: [the critique]" in out
-    assert 'Answer A:\n"So."\n\nAnswer B:\n"No."' in out
+    mark = fence_of("Why?", "So.", "No.", load(tmp_path / small).principle("kind").comparison_question())
+    assert f'Answer A:\n[{mark}] "So." [{mark}]\n\nAnswer B:\n[{mark}] "No." [{mark}]' in out
     assert rlaif("show", small, "--prompt", "Why?", "--few-shot", 0)[1].count("--- user ---") == 6
 
 

@@ -108,11 +108,13 @@ def test_each_pair_is_asked_in_both_orders_and_gets_its_own_verdict(make: Maker)
     assert engine.ids() == ["a/given", "a/swapped", "b/given", "b/swapped", "c/given", "c/swapped"]
     assert {question.options for question in engine.asked} == {("A", "B")}
     given, swapped = (question.messages[-1]["content"] for question in engine.asked[:2])
-    assert given == (
-        'Someone asked an assistant:\n"Q?"\n\nAnswer A:\n"good"\n\nAnswer B:\n"bad"\n\n'
+    mark = given.split("[")[1].split("]")[0]
+    assert len(mark) == 4
+    assert given.replace(f"[{mark}]", "|") == (
+        'Someone asked an assistant:\n| "Q?" |\n\nAnswer A:\n| "good" |\n\nAnswer B:\n| "bad" |\n\n'
         "Which one helps more? Reply with the letter A or B."
     )
-    assert swapped == given.replace("good", "x").replace("bad", "good").replace("x", "bad", 1)
+    assert swapped == given.replace('"good"', "-").replace('"bad"', '"good"').replace("-", '"bad"')
 
 
 def test_a_judge_that_does_not_answer_a_or_b_abstains(make: Maker) -> None:
