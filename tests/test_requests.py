@@ -4,7 +4,7 @@ import itertools
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scripted import CONSTITUTION, ScriptedEngine, judge_of, make_run, prefers, usual
 
@@ -93,6 +93,7 @@ def test_turns_are_written_one_below_the_other_with_their_roles() -> None:
 # --- the mark around texts ------------------------------------------------------------------------------------------
 
 
+@settings(deadline=None)
 @given(st.lists(st.text(alphabet="bcdfghjkmnpqrstvwxzK ", max_size=30), min_size=1, max_size=4))
 def test_a_mark_is_in_no_text_in_whatever_case_and_is_the_same_for_any_order(texts: list[str]) -> None:
     mark = fence_of(*texts)
