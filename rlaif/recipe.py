@@ -18,6 +18,7 @@ from rlaif.filters import REASONS
 from rlaif.overrides import Overridden, override
 from rlaif.reward_parts import OWN_STAGE, CompositeSection, find_cost_stage
 from rlaif.sections import Combination as Combination
+from rlaif.sections import EvaluateSection as EvaluateSection
 from rlaif.sections import Fraction, NonNegative, Positive, PositiveFloat, Section
 from rlaif.sections import HumanSection as HumanSection
 from rlaif.sections import LabelSection as LabelSection
@@ -158,16 +159,6 @@ class PpoSection(CompositeSection):
         return self
 
 
-class EvaluateSection(Section):
-    """Base, SFT and PPO policies on prompts never trained on."""
-
-    sampling: SamplingSection = SamplingSection()
-    prompts_per_tag: dict[str, Positive] = {}
-    judge: str = Field(BASE, description="who judges: `base`, `ray` or a name in `engines`")
-    judge_prompts_per_tag: int = Field(8, ge=0, description="prompts of each tag that the judge compares; 0: no judge")
-    batch_size: Positive = 32
-
-
 class Recipe(Section):
     """A whole run."""
 
@@ -257,7 +248,7 @@ class Recipe(Section):
     def engines_of(self, stage: str) -> dict[str, str]:
         """Return the keys of a stage's section that name who answers, with the names."""
         section = getattr(self, stage)
-        named = {key: getattr(section, key) for key in ENGINE_KEYS.get(stage, ())}
+        named = {key: getattr(section, key) for key in ENGINE_KEYS.get(stage, ()) if getattr(section, key)}
         judges = enumerate(self.label.judges) if stage == "label" else ()
         return named | {f"judges.{index}.engine": one.engine for index, one in judges if one.engine}
 
@@ -278,6 +269,12 @@ class Loaded(BaseModel):
     reference: Path | None = None
     adapters: dict[str, Path] = {}
     cost_stage: Path | None = None
+
+
+def only_model(name: str) -> Loaded:
+    """Return a recipe that says nothing but which model answers."""
+    recipe = Recipe.model_validate({"name": "judge", "model": name})
+    return Loaded(recipe=recipe, path=Path(), constitution=Path(), prompts=[], human_files=[])
 
 
 def load_recipe(path: Path, overrides: list[str] = []) -> Loaded:  # noqa: B006

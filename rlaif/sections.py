@@ -234,6 +234,31 @@ class RewardSection(TrainingSection):
         return self
 
 
+class EvaluateSection(Section):
+    """Base, SFT and PPO policies on prompts never trained on."""
+
+    sampling: SamplingSection = SamplingSection()
+    prompts_per_tag: dict[str, Positive] = {}
+    judge: str | None = Field(None, description="who judges: `base`, `ray` or a name in `engines`; absent: as `label`")
+    judge_method: Literal["logprobs", "verdict", "rating"] = Field("logprobs", description="how `judge` is asked")
+    judge_prompts_per_tag: int = Field(8, ge=0, description="prompts of each tag that the judge compares; 0: no judge")
+    batch_size: Positive = 32
+
+    @model_validator(mode="after")
+    def _method_has_a_judge(self) -> "EvaluateSection":
+        if self.judge is None and self.judge_method != "logprobs":
+            raise ValueError(
+                "judge_method says how evaluate.judge is asked, and no judge is named; without one the judges of "
+                "`label` compare, as that section says"
+            )
+        return self
+
+    def panel(self, label: LabelSection) -> list[JudgeSection]:
+        """Return the judges: the one named here, or those of the stage `label`."""
+        own = self.judge and JudgeSection(name="judge", method=self.judge_method, engine=self.judge)
+        return [own] if own else label.panel()
+
+
 class HumanSection(Section):
     """Where comparisons come from when `feedback` is `human` or `mixed`."""
 

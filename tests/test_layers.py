@@ -29,6 +29,7 @@ PLAIN = {
     "constitution_check",
     "constitution_diff",
     "constitution_import",
+    "constitution_length",
     "constitution_write",
     "json_items",
     "markdown",

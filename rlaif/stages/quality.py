@@ -31,6 +31,7 @@ RULES: dict[str, Callable[[str], float]] = {
 def measure_panel(panel: Panel) -> dict[str, Any] | None:
     """Run the judges on the constitution's tests; None where there are none.
 
+    A test that names no principle is judged under the first one. A verdict without a side, or none, counts as wrong.
     With several judges, `judges` holds what each of them got right, and the rest is about their labels together.
     """
     constitution = panel.judges[0].constitution

@@ -20,7 +20,7 @@ from rlaif.human.pairs import AGAINST_SIGNS, against_signs
 from rlaif.maths import agreement
 from rlaif.prompting import load_template
 from rlaif.records import Comparison, text_of
-from rlaif.requests import OPTIONS
+from rlaif.requests import OPTIONS, fence_of
 from rlaif.sections import READS_OPTIONS
 from rlaif.stages.candidates import Candidate, Unused, principles_of
 from rlaif.stages.judge import read_orders
@@ -149,6 +149,7 @@ def _opinions(who: Judge, asked: Sequence[tuple[Answer, tuple[Principle, ...]]],
                         response=answer.text,
                         principle=gathered(group).text,
                         order=order,
+                        fence=fence_of(answer.prompt, answer.text, gathered(group).text),
                     ),
                 }
             ],
