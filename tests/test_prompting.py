@@ -40,11 +40,15 @@ VALUES = {
         "better": "A",
     },
     "rate": {"prompt": "How do I boil an egg?", "response": ANSWER, "principle": "The answer helps."},
-    "safe": {
+    "keep": {
         "prompt": "How do I boil an egg?",
         "response": ANSWER,
         "principle": "The answer hurts nobody.",
-        "order": "given",
+    },
+    "break": {
+        "prompt": "How do I boil an egg?",
+        "response": ANSWER,
+        "principle": "The answer hurts nobody.",
     },
     "instruct": {"prompt": "How do I boil an egg?", "instructions": "Answer in one sentence."},
     "revise_directly": {
