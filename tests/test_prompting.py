@@ -46,11 +46,16 @@ VALUES = {
         "principle": "The answer helps.",
         "fence": "kzqt",
     },
-    "safe": {
+    "keep": {
         "prompt": "How do I boil an egg?",
         "response": ANSWER,
         "principle": "The answer hurts nobody.",
-        "order": "given",
+        "fence": "kzqt",
+    },
+    "break": {
+        "prompt": "How do I boil an egg?",
+        "response": ANSWER,
+        "principle": "The answer hurts nobody.",
         "fence": "kzqt",
     },
     "instruct": {"prompt": "How do I boil an egg?", "instructions": "Answer in one sentence."},

@@ -1,4 +1,4 @@
-"""Safety labels: helpfulness and harmlessness judged apart, and each answer asked about alone, in both orders."""
+"""Safety labels: helpfulness and harmlessness judged apart, and each answer asked about alone, in two wordings."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -19,6 +19,7 @@ from rlaif.report.reading import Quality
 from rlaif.report.wording import label_findings
 from rlaif.stages import label
 from rlaif.stages.run import Run
+from rlaif.stages.safety import WORDINGS
 from rlaif.trace import trace
 
 Maker = Callable[..., Run]
@@ -37,7 +38,7 @@ tests:
   - {prompt: T3, better: kind, worse: cruel, principle: safe}
 """
 STRENGTH = {REFUSES: 2.0, HELPS: -1.0, "kind": 1.0, "cruel": -1.0}
-BIAS = 5.0  # towards the letter A: alone it would decide every question
+BIAS = 5.0  # towards the letter A, and yes: alone it would decide every question
 
 
 def logprobs(logit: float, mass: float = 1.0) -> tuple[float, float]:
@@ -48,10 +49,10 @@ def logprobs(logit: float, mass: float = 1.0) -> tuple[float, float]:
 def judge(question: Question, signs: dict[str, float] = STRENGTH, mass: float = 1.0) -> Sequence[float]:
     """Find the answer that helps under `useful`, the refusal under others; call answers safe as `signs` says."""
     content = question.messages[-1]["content"]
-    if "Is the answer safe by it?" in content:
+    if "Does the answer " in content:
         strength = next(value for text, value in signs.items() if f'"{text}"' in content)
         strength -= 4.0 * ("It is lawful." in content)
-        return logprobs((-strength if "A: No" in content else strength) + BIAS, mass)
+        return logprobs((-strength if "break it?" in content else strength) + BIAS, mass)
     wanted = ("good", HELPS) if "Which one helps more?" in content else ("kind", REFUSES)
     shown_first = content.split("Answer B:")[0]
     return logprobs((1.5 if any(text in shown_first for text in wanted) else -1.5) + BIAS)
@@ -127,12 +128,11 @@ def test_every_vote_says_what_it_is_about(make: Maker) -> None:
     assert (rejected["preference"], rejected["bias"]) == (pytest.approx(sigmoid(2.0)), pytest.approx(BIAS))
 
 
-def test_the_question_shows_its_options_in_both_orders() -> None:
+def test_the_two_questions_differ_in_one_line() -> None:
     values = {"prompt": "P", "response": "R", "principle": "Nobody is hurt.", "fence": "kzqt"}
-    given, swapped = (load_template("safe").render(**values, order=order) for order in ("given", "swapped"))
-    assert given.endswith("A: Yes, it is safe.\nB: No, it is unsafe.\nReply with the letter A or B.")
-    assert swapped.endswith("A: No, it is unsafe.\nB: Yes, it is safe.\nReply with the letter A or B.")
-    assert given.split("A:")[0] == swapped.split("A:")[0]
+    keep, broken = (load_template(name).render(**values) for name in WORDINGS)
+    assert keep.replace("Does the answer keep to it?", "Does the answer break it?") == broken != keep
+    assert keep.endswith("\nA: Yes.\nB: No.\nReply with the letter A or B.")
 
 
 def test_one_broken_principle_makes_an_answer_unsafe(make: Maker) -> None:
@@ -151,7 +151,7 @@ def test_all_principles_in_one_request_give_one_vote(make: Maker) -> None:
     (vote,) = [vote for vote in rows[0].votes if vote.get("about") == "chosen_safe"]
     assert vote["principles"] == ["safe", "lawful"]
     asked = [q.messages[-1]["content"] for q in run.scripted.asked if "/safe-" in q.item_id]  # type: ignore[attr-defined]
-    assert "follows this principle: - Nobody is hurt.\n- It is lawful.\nIs the answer" in asked[0]
+    assert "follows this principle: - Nobody is hurt.\n- It is lawful.\nDoes the answer keep" in asked[0]
 
 
 def test_the_principles_of_a_prompts_category_come_first(make: Maker) -> None:

@@ -57,7 +57,7 @@ def triples(text: str) -> set[tuple[str, ...]]:
 def test_the_shipped_files_are_those_of_the_repository() -> None:
     assert names(CONSTITUTIONS) == ["harmless", "helpful-honest"]
     assert names(RECIPES) == ["human", "known-reward", "quickstart"]
-    asked = ["compare", "continue", "contrast", "critique", "gather", "instruct", "propose", "rate"]
+    asked = ["break", "compare", "continue", "contrast", "critique", "gather", "instruct", "keep", "propose", "rate"]
     assert names(TEMPLATES) == [*asked, "revise", "revise_directly", "weigh"]
     assert set(names(PROMPT_SETS)) == TAGS
 

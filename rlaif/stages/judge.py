@@ -51,7 +51,7 @@ def by_logprobs(who: Judge, pairs: Sequence[Pair], title: str) -> list[Opinion]:
 
 
 def read_orders(who: Judge, answers: Sequence[Answer]) -> Opinion:
-    """Return what the letters say of the first option in both orders together, or why they say nothing."""
+    """Return what the letters of two questions, each the other one turned around, say together; or why nothing."""
     failed = failure(*answers)
     if failed:
         return failed

@@ -38,7 +38,7 @@ STEERS = "tries to steer a judge"
 def inputs(run: Run) -> dict[str, str]:
     """Return what this stage's result depends on."""
     apart = safety.parts(run)
-    names = ("compare", "contrast", "gather", "rate", "weigh", *(["safe"] if apart else []))
+    names = ("compare", "contrast", "gather", "rate", "weigh", *(safety.WORDINGS if apart else ()))
     reference = {} if run.loaded.reference is None else {"reference": run.loaded.reference}
     return run.inputs(
         run.recipe.label,

@@ -3,9 +3,9 @@
 Helpfulness and harmlessness are judged apart, each under principles of its own (`label.helpful_tags`,
 `label.harmless_tags`), because a single order of both mixes two things that pull against each other: the two orders and
 the signs of Dai et al. 2023 (arXiv 2310.12773, section 3.1). The order is asked as the preference is. A sign comes from
-the question whether an answer is safe by a principle, its two options in both orders, whose logits are averaged, so
-that neither the place nor the letter of an option counts. An answer is as safe as the principle says that it keeps
-least: one that is broken is enough.
+the questions whether an answer keeps to a principle and whether it breaks it, each answered with A for yes or B for no:
+half the difference of their logits is free of what a model has for a letter, a place, or the word yes. An answer is as
+safe as the principle says that it keeps least: one that is broken is enough.
 """
 
 from collections import Counter
@@ -26,9 +26,10 @@ from rlaif.stages.candidates import Candidate, Unused, principles_of
 from rlaif.stages.judge import read_orders
 from rlaif.stages.rating import gathered
 from rlaif.stages.run import Run
-from rlaif.stages.verdicts import ORDERS, Judge, Opinion
+from rlaif.stages.verdicts import Judge, Opinion
 from rlaif.stages.votes import Ballot, Panel, Vote, cast, count
 
+WORDINGS = ("keep", "break")  # the templates of the two questions
 WEAK = "too weak for a sign"
 NOT_HELPFUL = "no helpful principle applies"
 
@@ -136,11 +137,11 @@ def ask_signs(panel: Panel, answers: Sequence[Answer], title: str) -> list[Ballo
 
 
 def _opinions(who: Judge, asked: Sequence[tuple[Answer, tuple[Principle, ...]]], title: str) -> list[Opinion]:
-    """Ask one judge, with the options in both orders; an opinion's preference is P(safe)."""
-    template = load_template("safe")
+    """Ask one judge, in both wordings; an opinion's preference is P(safe), its bias is towards yes."""
+    templates = [load_template(name) for name in WORDINGS]
     questions = [
         Question(
-            item_id=f"{answer.id}@{'+'.join(p.id for p in group)}~{who.settings.name}/{order}",
+            item_id=f"{answer.id}@{'+'.join(p.id for p in group)}~{who.settings.name}/{template.name}",
             messages=[
                 {
                     "role": "user",
@@ -148,7 +149,6 @@ def _opinions(who: Judge, asked: Sequence[tuple[Answer, tuple[Principle, ...]]],
                         prompt=answer.prompt,
                         response=answer.text,
                         principle=gathered(group).text,
-                        order=order,
                         fence=fence_of(answer.prompt, answer.text, gathered(group).text),
                     ),
                 }
@@ -156,7 +156,7 @@ def _opinions(who: Judge, asked: Sequence[tuple[Answer, tuple[Principle, ...]]],
             options=OPTIONS,
         )
         for answer, group in asked
-        for order in ORDERS
+        for template in templates
     ]
     answers = who.ask(questions, title)
     return [read_orders(who, answers[index : index + 2]) for index in range(0, len(answers), 2)]
