@@ -66,7 +66,7 @@ def vote(question: Question, bias: float = 0.8) -> Sequence[float]:
     for word, mark in MARKS.items():
         if word in rule:
             logit += 2.0 * ((mark in first) - (mark in second))
-    return logit / 2 - 1.0, -logit / 2 - 1.0
+    return logit / 2 - 1.5, -logit / 2 - 1.5
 
 
 def engine() -> ScriptedEngine:

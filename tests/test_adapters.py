@@ -96,9 +96,9 @@ DAMAGE = {
         r"\[5, 4\]; \[16, 4\] is expected",
     ),
     "another rank": (lambda f: change_config(f, r=8), "28 tensors differ"),
-    "two labels": (
-        lambda f: change_weights(f, lambda w: w.update({"base_model.model.score.weight": torch.ones(2, 32)})),
-        r"head has the shape \[2, 32\]; \[1, 32\] is expected",
+    "another width": (
+        lambda f: change_weights(f, lambda w: w.update({"base_model.model.score.weight": torch.ones(2, 31)})),
+        r"head has the shape \[2, 31\]; \[outputs, 32\] is expected",
     ),
     "unknown modules": (lambda f: change_config(f, target_modules=["c_attn"]), "c_attn"),
     "no weights": (lambda f: (f / "adapter_model.safetensors").unlink(), "not a LoRA adapter folder"),

@@ -72,11 +72,12 @@ def test_errors_end_with_2_and_warnings_are_told_beside_them(rlaif, small):
     small.write_text(SMALL.replace("principle: kind", "principle: kin").replace("better: second", "better: none"))
     code, out, err = rlaif("check", small, "harmless")
     assert code == 2
-    assert [line.split(": ")[:2] for line in out.splitlines()[:2]] == [
+    assert [line.split(": ")[:2] for line in out.splitlines()[:3]] == [
+        ["small.yaml:6:58", "warning"],
         ["small.yaml:8:15", "error"],
         ["small.yaml:10:41", "error"],
     ]
-    assert out.splitlines()[2].startswith("harmless: harmless 1.0: 15 principles")
+    assert out.splitlines()[3].startswith("harmless: harmless 1.0: 15 principles")
     assert err == "rlaif: 2 errors in small.yaml. Mend what is listed and check again.\n"
 
 

@@ -15,7 +15,7 @@ SECRET = "hunter2-and-more"
 def test_a_recipe_describes_engines_and_names_them_where_something_is_asked(tmp_path: Path) -> None:
     found = recipe(tmp_path, ENGINE + "revise: {critic: big}\nlabel: {judge: big}\n")
     assert found.engines_of("revise") == {"responder": "base", "critic": "big", "reviser": "base"}
-    assert (found.engines_of("label"), found.engines_of("evaluate")) == ({"judge": "big"}, {"judge": "base"})
+    assert (found.engines_of("label"), found.engines_of("evaluate")) == ({"judge": "big"}, {})
     assert found.engines_of("sft") == {}
     assert found.engines["big"].concurrency == 16 and found.engines["big"].logprobs == "auto"
 

@@ -157,7 +157,7 @@ def test_policies_that_always_answer_alike_need_no_judge(make: Maker) -> None:
 
 
 def test_the_judge_compares_so_many_prompts_of_each_tag(make: Maker) -> None:
-    engine = ScriptedEngine(choose=prefers("x", 1.0))
+    engine = ScriptedEngine(choose=prefers('"x', 1.0))
     run = make(engine, evaluate={"judge_prompts_per_tag": 2})
     policies = {
         name: [*answers(*(f"{letter}{n}" for n in range(4))), *answers(letter, tag=PLAIN)]
