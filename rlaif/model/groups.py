@@ -1,10 +1,10 @@
 """Score the responses of a prompt together, with gradients: each prompt is computed once, and nothing is padded.
 
-All tokens of all groups go through a model as one packed row ``[1, N]``: a group's prompt, its first response, its second
-one and so on. The positions of every response begin at the prompt's length, and attention alone knows which token
-belongs to whom: it is replaced for the length of a pass, as it is for generation (`rlaif.model.attention`). A prompt and
-its first response are one causal sequence; each further response attends to the prompt and to itself. A score is what
-a padded pass over whole rows would give, beyond the rounding of sums, and so are the gradients.
+All tokens of all groups go through a model as one packed row ``[1, N]``: a group's prompt, its first response, its
+second one and so on. The positions of every response begin at the prompt's length, and attention alone knows which
+token belongs to whom: it is replaced for the length of a pass, as it is for generation (`rlaif.model.attention`). A
+prompt and its first response are one causal sequence; each further response attends to the prompt and to itself. A
+score is what a padded pass over whole rows would give, beyond the rounding of sums, and so are the gradients.
 
 Models whose attention cannot be replaced take the padded pass.
 """
@@ -54,7 +54,7 @@ class Layout:
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
         """Let each token attend to its prompt and its response: ``[heads, N, size]`` to ``[1, N, heads, size]``."""
         # One split and one join: slices and written slices would each have a full-size gradient.
-        queries, keys, values = (part.unsqueeze(0).split(self._sizes, 2) for part in (query, key, value))
+        queries, keys, values = (torch.split(part.unsqueeze(0), self._sizes, 2) for part in (query, key, value))
         found: list[Tensor] = []
         own_key = own_value = prompt_key = prompt_value = key
         for index, (size, prompt, first) in enumerate(self._pieces):

@@ -180,7 +180,7 @@ def collate(base: SharedBase, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def sides(scores: Tensor) -> tuple[Tensor, Tensor]:
     """Return the scores ``[B, ...]`` of the chosen and of the rejected answers, from those of groups of two."""
-    chosen, rejected = scores.unflatten(0, (-1, 2)).unbind(1)
+    chosen, rejected = scores.view(-1, 2, *scores.shape[1:]).unbind(1)
     return chosen, rejected
 
 
