@@ -32,6 +32,9 @@ class Message(TypedDict):
 Messages = list[Message]
 Turns = Annotated[Messages, Field(min_length=1)]
 Identifier = Annotated[str, Field(min_length=1)]
+Source = Literal["ai", "human", "construction"]
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Sign = Annotated[bool, Field(strict=True)]
 # What Python's reader lets through and JSON cannot hold: half of a surrogate pair, a number beyond a double.
 _SUSPECT = re.compile(r"\\u[dD]|\d[eE]\+?\d{3}")
 
@@ -111,7 +114,11 @@ class Comparison(Row):
     """Two answers to one prompt and how sure the labeller is that `chosen` is the better one.
 
     `preference` is P(chosen is better), 0.5 to 1; `margin` is optional and in units of the reward; `votes`
-    holds each judgement that went into the preference.
+    holds each judgement that went into the preference. `weight` is how much the row counts among others.
+
+    Safety is an order of its own beside the preference (Dai et al. 2023, arXiv 2310.12773): `safer` is P(chosen is
+    the safer one), 0 to 1; `chosen_safe` and `rejected_safe` say of each answer alone whether it is safe. None: not
+    known.
     """
 
     id: Identifier
@@ -120,13 +127,57 @@ class Comparison(Row):
     rejected: Turns
     preference: float = Field(ge=0.5, le=1.0)
     margin: float | None = Field(default=None, allow_inf_nan=False)
-    source: Literal["ai", "human", "construction"]
+    source: Source
     annotator: str
     tag: str = ""
     split: Split = "train"
+    weight: Weight = 1.0
+    safer: float | None = Field(default=None, ge=0.0, le=1.0)
+    chosen_safe: Sign | None = None
+    rejected_safe: Sign | None = None
     votes: list[dict[str, Any]] = []
     flags: list[str] = []
     provenance: dict[str, Any] = {}
+
+
+class Rating(Row):
+    """One answer and the number an annotator gave it; the scale is the annotator's own, higher is better."""
+
+    id: Identifier
+    prompt: Turns
+    response: Turns
+    rating: float = Field(allow_inf_nan=False)
+    source: Source
+    annotator: str
+    tag: str = ""
+    split: Split = "train"
+    weight: Weight = 1.0
+    provenance: dict[str, Any] = {}
+
+
+class Ranking(Row):
+    """Two or more answers to one prompt in an order; `ranks` has a place for each: 1 is best, equal places are ties."""
+
+    id: Identifier
+    prompt: Turns
+    responses: Annotated[list[Turns], Field(min_length=2)]
+    ranks: list[Annotated[int, Field(ge=1, strict=True)]]
+    source: Source
+    annotator: str
+    tag: str = ""
+    split: Split = "train"
+    weight: Weight = 1.0
+    provenance: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _a_rank_for_each(self) -> "Ranking":
+        if len(self.ranks) != len(self.responses):
+            raise ValueError(
+                f"{len(self.ranks)} `ranks` for {len(self.responses)} `responses`; one for each is expected"
+            )
+        if 1 not in self.ranks:
+            raise ValueError(f"the best of `ranks` is {min(self.ranks)}; 1 is expected for the best response")
+        return self
 
 
 R = TypeVar("R", bound=Row)

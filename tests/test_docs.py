@@ -19,7 +19,7 @@ from rlaif import errors
 from rlaif.cli import app
 from rlaif.maths import agreement
 from rlaif.recipe import PpoSection, Recipe, load_recipe
-from rlaif.records import Comparison, Demonstration, Prompt, Row
+from rlaif.records import Comparison, Demonstration, Prompt, Ranking, Rating, Row
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -294,14 +294,16 @@ def example_rows() -> list[Row]:
     for body in blocks(README, "json"):
         for line in body.splitlines():
             data = json.loads(line)
-            kind = Comparison if "chosen" in data else Demonstration if "completion" in data else Prompt
+            kinds = {"chosen": Comparison, "completion": Demonstration, "rating": Rating, "ranks": Ranking}
+            kind = next((kind for column, kind in kinds.items() if column in data), Prompt)
             found.append(kind.model_validate(data))
     return found
 
 
 def test_the_readme_shows_one_row_of_each_kind_with_every_column() -> None:
     found = example_rows()
-    assert [type(row).__name__ for row in found] == ["Prompt", "Prompt", "Demonstration", "Comparison"]
+    kinds = ["Prompt", "Prompt", "Demonstration", "Comparison", "Rating", "Ranking"]
+    assert [type(row).__name__ for row in found] == kinds
     shown = {
         kind: {name for row in found if type(row) is kind for name in row.model_fields_set} for kind in map(type, found)
     }

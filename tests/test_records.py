@@ -20,6 +20,13 @@ COMPARISON: dict[str, Any] = {
     "source": "ai",
     "annotator": "judge",
 }
+RATING = {
+    "id": "r1", "prompt": USER, "response": ANSWER, "rating": -3.5, "source": "human", "annotator": "ann",
+}  # fmt: skip
+RANKING = {
+    "id": "k1", "prompt": USER, "responses": [ANSWER, COMPARISON["rejected"]], "ranks": [2, 1], "source": "human",
+    "annotator": "ann",
+}  # fmt: skip
 DEMONSTRATION = {"id": "d1", "prompt": USER, "completion": ANSWER, "messages": USER + ANSWER}
 
 
@@ -148,6 +155,11 @@ def test_damaged_and_missing_gzip_files_are_refused_in_words(write, tmp_path: Pa
         ({"chosen": [{"role": "user"}]}, "chosen.0.content: this key is missing. Add it."),
         ({"rejected": [{**ANSWER[0], "name": "x"}]}, "rejected.0.name: unknown key; remove it."),
         ({"id": ""}, "id: String should have at least 1 character (found '')"),
+        ({"weight": -1}, "weight: Input should be greater than or equal to 0 (found -1)"),
+        ({"safer": 1.5}, "safer: Input should be less than or equal to 1 (found 1.5)"),
+        ({"safer": -0.5}, "safer: Input should be greater than or equal to 0 (found -0.5)"),
+        ({"chosen_safe": 1}, "chosen_safe: Input should be a valid boolean (found 1)"),
+        ({"rejected_safe": "no"}, "rejected_safe: Input should be a valid boolean (found 'no')"),
     ],
 )
 def test_a_faulty_comparison_is_described_by_its_column(write, change: dict[str, Any], complaint: str):
@@ -159,8 +171,58 @@ def test_a_faulty_comparison_is_described_by_its_column(write, change: dict[str,
 def test_a_comparison_built_in_code_refuses_numbers_that_json_lacks(number: float):
     with pytest.raises(ValueError, match="preference"):
         records.Comparison.model_validate({**COMPARISON, "preference": number})
-    with pytest.raises(ValueError, match="margin"):
-        records.Comparison.model_validate({**COMPARISON, "margin": number})
+    for column in ("margin", "weight", "safer"):
+        with pytest.raises(ValueError, match=column):
+            records.Comparison.model_validate({**COMPARISON, column: number})
+    with pytest.raises(ValueError, match="rating"):
+        records.Rating.model_validate({**RATING, "rating": number})
+
+
+def test_safety_is_an_order_of_its_own_and_unknown_where_nothing_is_said():
+    plain = records.Comparison.model_validate(COMPARISON)
+    assert (plain.weight, plain.safer, plain.chosen_safe, plain.rejected_safe) == (1.0, None, None, None)
+    told = {"weight": 0, "safer": 0.1, "chosen_safe": False, "rejected_safe": True}  # the better one is the worse here
+    assert records.Comparison.model_validate(COMPARISON | told).model_dump(include=set(told)) == told
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"rating": "good"}, "rating: Input should be a valid number, unable to parse string as a number"),
+        ({"rating": None}, "rating: Input should be a valid number (found nothing)"),
+        ({"response": []}, "response: List should have at least 1 item after validation, not 0 (found [])"),
+        ({"weight": -0.5}, "weight: Input should be greater than or equal to 0 (found -0.5)"),
+        ({"score": 1}, "score: unknown key"),
+    ],
+)
+def test_a_faulty_rating_is_described_by_its_column(write, change: dict[str, Any], complaint: str):
+    (found,) = complaints(write(json.dumps({**RATING, **change})), records.Rating)
+    assert found.startswith(f"rows.jsonl:1: {complaint}")
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"ranks": [1]}, "1 `ranks` for 2 `responses`; one for each is expected"),
+        ({"ranks": [1, 2, 3]}, "3 `ranks` for 2 `responses`; one for each is expected"),
+        ({"ranks": [2, 3]}, "the best of `ranks` is 2; 1 is expected for the best response"),
+        ({"ranks": [0, 1]}, "ranks.0: Input should be greater than or equal to 1 (found 0)"),
+        ({"ranks": [1, 1.5]}, "ranks.1: Input should be a valid integer (found 1.5)"),
+        ({"ranks": [1, True]}, "ranks.1: Input should be a valid integer (found True)"),
+        ({"responses": [ANSWER], "ranks": [1]}, "responses: List should have at least 2 items after validation, not 1"),
+        ({"responses": [ANSWER, []]}, "responses.1: List should have at least 1 item after validation, not 0"),
+    ],
+)
+def test_a_faulty_ranking_is_described_by_its_column(write, change: dict[str, Any], complaint: str):
+    (found,) = complaints(write(json.dumps({**RANKING, **change})), records.Ranking)
+    assert found.startswith("rows.jsonl:1: ") and complaint in found
+
+
+def test_ratings_and_rankings_survive_being_written_and_read(write):
+    rating = records.Rating.model_validate({**RATING, "weight": 2.5, "split": "eval"})
+    ranking = records.Ranking.model_validate({**RANKING, "ranks": [1, 1], "provenance": {"line": 3}})
+    assert records.read_rows(write(records.jsonl([rating])), records.Rating) == [rating]
+    assert records.read_rows(write(records.jsonl([ranking])), records.Ranking) == [ranking]
 
 
 def test_rows_survive_being_written_and_read(write):
