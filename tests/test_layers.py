@@ -284,7 +284,8 @@ def uses(names: set[str]) -> set[str]:
 
 
 def test_only_roles_switches_adapters() -> None:
-    assert uses(SWITCHES) == {"model/roles.py"}
+    assert uses(SWITCHES - {"disable_adapters"}) == {"model/roles.py"}
+    assert uses({"disable_adapters"}) == {"model/lora.py"}  # where it is read and not called
 
 
 def test_no_adapter_is_merged() -> None:
