@@ -79,7 +79,8 @@ def _forward(layer: Any, usual: Any, x: Tensor, *args: Any, **kwargs: Any) -> Te
     name = next(name for name in layer.active_adapters if name in layer.lora_A)
     rows = x.reshape(-1, x.shape[-1])
     a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
-    out: Tensor = _Adapted.apply(rows, layer.base_layer, a, b, layer.scaling[name])  # type: ignore[no-untyped-call]
+    apply: Any = _Adapted.apply
+    out: Tensor = apply(rows, layer.base_layer, a, b, layer.scaling[name])
     return out.view(*x.shape[:-1], -1)
 
 
