@@ -96,7 +96,7 @@ DAMAGE = {
         r"\[5, 4\]; \[16, 4\] is expected",
     ),
     "another rank": (lambda f: change_config(f, r=8), "28 tensors differ"),
-    "another width": (
+    "a head of another width": (
         lambda f: change_weights(f, lambda w: w.update({"base_model.model.score.weight": torch.ones(2, 31)})),
         r"head has the shape \[2, 31\]; \[outputs, 32\] is expected",
     ),
