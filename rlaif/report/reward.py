@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from rlaif.report.charts import Bar, Series, interval_chart, line_chart
+from rlaif.report.charts import Bar, interval_chart
 from rlaif.report.labels import Rate
 from rlaif.report.reading import CostEvaluation, RewardEvaluation
 from rlaif.report.wording import RULES, count, in_order, known, listed, mean, number, percent, rate, shown, tag_name
@@ -109,13 +109,11 @@ def cost_findings(cost: CostEvaluation) -> list[str]:
 
 
 def _reliability(found: RewardEvaluation) -> Any:
-    drawn = [(one.confidence, one.accuracy) for one in found.reliability if one.count and one.confidence is not None]
-    points = [(sure, value.rate) for sure, value in drawn if value and value.rate is not None]
-    half = [((value.high or 0.0) - (value.low or 0.0)) / 2 for _, value in drawn if value and value.rate is not None]
-    measured = Series("right", points, spread=half)
-    perfect = Series("as sure as it is right", [(0.5, 0.5), (1.0, 1.0)], colour=1)
-    title = "How often the model is right, by how sure it is"
-    return line_chart([measured, perfect], title=title, x_label="how sure", percent=True)
+    bins = [one for one in found.reliability if one.accuracy and one.confidence is not None]
+    bars = [_bar(f"{percent(one.confidence)} sure", one.accuracy) for one in bins if one.accuracy]
+    title = "How often the model is right, by how sure it is, with 95 % intervals"
+    heading = "how often it is right, by how sure it is"
+    return interval_chart([(heading, bars)], title=title, reference=(0.5, "chance"))
 
 
 def _tags(found: RewardEvaluation) -> list[str]:
