@@ -28,6 +28,7 @@ PLAIN = {
     "constitution_diff",
     "constitution_import",
     "constitution_write",
+    "conversations",
     "json_items",
     "markdown",
     "prompting",
@@ -43,7 +44,8 @@ PLAIN = {
     "progress",
 }
 TOP = {"report", "pipeline", "trace", "plan", "chat", "environment", "induce", "judging"}
-COMMANDS = {"cli", "constitution_cli"}
+TOP |= {"scoring", "reward_server", "reward_service"}
+COMMANDS = {"cli", "constitution_cli", "reward_cli"}
 ALLOWED = {
     "plain": set(),
     "maths": set(),

@@ -11,10 +11,10 @@ from rlaif.model import sampling
 from rlaif.model.roles import BASE, SharedBase
 from rlaif.model.sampling import Batch
 from rlaif.recipe import PpoSection
-from rlaif.records import Prompt
+from rlaif.records import Prompt, assistant
 from rlaif.stages.checkpoints import CRITIC, POLICY
 from rlaif.stages.judged_reward import reward_function
-from rlaif.stages.reward_model import RewardModel, read_calibration
+from rlaif.stages.reward_model import RewardModel, encode_group, read_calibration
 from rlaif.stages.rewards import RewardFunction, call_function
 from rlaif.stages.run import Run
 
@@ -34,6 +34,11 @@ class Actors:
     offset: float = 0.0
     scale: float = 1.0
     critic_offset: float = 0.0  # taken off what the critic's head says, to be in units of the reward model
+
+    @property
+    def starts_critic(self) -> bool:
+        """Whether an adapter critic starts from the reward model, which must stand on the same base for that."""
+        return self.model is not None and self.model.base is self.base
 
 
 def assign_roles(run: Run) -> Actors:
@@ -56,9 +61,11 @@ def assign_roles(run: Run) -> Actors:
     else:
         stage = run.output("reward", "adapter").parent
         refuse_weak_reward(run, read_calibration(stage))
-        actors.model = RewardModel.load(base, stage, settings.reward_model)
+        own = run.load_reward_base() if run.recipe.reward.model else base
+        actors.model = RewardModel.load(own, stage, settings.reward_model)
         actors.offset, actors.scale = actors.model.scale
-    if own_critic and actors.model:
+    if own_critic and actors.starts_critic:
+        assert actors.model
         weight, actors.critic_offset = actors.model.critic_start()
         base.add_role(CRITIC, trainable=True, adapter=run.output("reward", "adapter"), outputs=1)
         with torch.no_grad():
@@ -102,6 +109,12 @@ def score(actors: Actors, rows: list[Prompt], responses: list[str], batch: Batch
         values = call_function(name, actors.function, [row.prompt for row in rows], responses, **columns)
         return torch.tensor(values, device=actors.base.device)
     assert actors.model, "without a function a reward model scores"
+    if actors.model.base is not actors.base:  # another vocabulary: from the texts, never from the policy's ids
+        pairs = [([*row.messages], assistant(text)) for row, text in zip(rows, responses, strict=True)]
+        groups = [encode_group(actors.model, prompt, [answer]) for prompt, answer in pairs]
+        size = actors.settings.microbatch
+        parts = [actors.model.score(groups[start : start + size]) for start in range(0, len(groups), size)]
+        return torch.cat(parts).to(actors.base.device)
     return torch.cat([actors.model.score(part) for part in in_microbatches(batch, actors.settings)])
 
 
@@ -141,7 +154,7 @@ def critic_values(actors: Actors, batch: Batch, hidden: Tensor) -> Tensor:
     """Return the value of the state before each response token, ``[B, T]``, on the scale of the rewards."""
     length = batch.response_ids.shape[1]
     values = actors.base.head(CRITIC, hidden[:, -length - 1 : -1])
-    if actors.own_critic and actors.function is None:  # started from the reward model, in its units
+    if actors.own_critic and actors.starts_critic:  # started from the reward model, in its units
         values = (values - actors.critic_offset - actors.offset) / actors.scale
     return values * batch.response_mask
 

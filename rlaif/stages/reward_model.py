@@ -18,6 +18,7 @@ from rlaif.maths.composition import mean_score, uncertainty_weighted, worst_scor
 from rlaif.model import sampling
 from rlaif.model.groups import Group, score_groups
 from rlaif.model.roles import SharedBase
+from rlaif.records import Messages, text_of
 from rlaif.sections import Combination
 
 REWARD, COST = "reward", "cost"
@@ -115,6 +116,12 @@ class RewardModel:
         return divided.mean(0, keepdim=True), sum(one.offset / one.scale for one in scales) / len(scales)
 
 
+def encode_group(model: RewardModel, prompt: Messages, answers: Sequence[Messages]) -> Group:
+    """Encode a prompt and answers to it, each closed by the end of a turn."""
+    tokenizer = model.base.tokenizer
+    return Group(tokenizer.prompt(prompt), [tokenizer.response(text_of(answer)) for answer in answers])
+
+
 def read_calibration(folder: Path) -> dict[str, Any]:
     """Read ``calibration.json`` of a trained adapter.
 
@@ -122,6 +129,11 @@ def read_calibration(folder: Path) -> dict[str, Any]:
         StageError: it is not there.
     """
     path = folder / CALIBRATION
+    if (folder / "evaluation.json").is_file() and not path.is_file():
+        raise StageError(
+            f"{folder}: written by an earlier version (evaluation.json instead of {CALIBRATION}). Run the stage "
+            "`reward` again: its labels are kept, and it measures more of the model."
+        )
     if not path.is_file():
         raise StageError(
             f"{folder}: holds no trained reward model ({CALIBRATION} is not there). Name a run folder's `4-reward`, or "
