@@ -24,6 +24,7 @@ from rlaif.model.roles import SharedBase
 from rlaif.records import Comparison, Demonstration, Ranking, Rating, Row, read_rows
 from rlaif.sections import Combination
 from rlaif.stages import reward_calibration as worth
+from rlaif.stages.cards import write_reward_card
 from rlaif.stages.reward_data import (
     Labelled,
     Split,
@@ -217,6 +218,9 @@ def measure(run: Run, base: SharedBase, roles: list[str], split: Split) -> dict[
         both = worth.Scored(own.rows + heldout.rows, own.members + heldout.members)
         files.write_jsonl(folder / "suspects.jsonl", worth.suspects(both, settings.suspects))
     files.write_json(folder / CALIBRATION, result)
+    for role in roles:
+        adapter = part_folder(folder, role) / "adapter"
+        write_reward_card(run, base, adapter, len(base.head_weight(role)), result, split.train)
     return result
 
 
@@ -248,5 +252,6 @@ def train_cost(run: Run, base: SharedBase, split: Split) -> dict[str, Any]:
     result |= {"offset": 0.0, "scale": scale.scale, "members": [{"offset": 0.0, "scale": scale.scale}]}
     result |= {"train_rows": len(own.train)}
     files.write_json(folder / CALIBRATION, result)
+    write_reward_card(run, base, folder / "adapter", 1, result, own.train)
     accuracy = result["sign"]["rate"] if result["sign"] else None
     return {"cost_train": len(own.train), "cost_steps": steps, "cost_sign_accuracy": accuracy}
