@@ -112,8 +112,9 @@ def test_a_body_that_ends_early_is_dropped(server):
 
 
 def test_a_request_that_drips_is_cut(server, monkeypatch):
-    monkeypatch.setattr(reward_server, "READ_SECONDS", 0.2)
-    assert raw(server, b"POST /classify HTTP/1.1\r\nHost: localho") == b""
+    with monkeypatch.context() as patch:
+        patch.setattr(reward_server, "READ_SECONDS", 0.2)
+        assert raw(server, b"POST /classify HTTP/1.1\r\nHost: localho") == b""
     assert post(server)[0] == 200
 
 

@@ -200,7 +200,7 @@ def _options(model: ModelSection, **more: Any) -> str:
     skipped = 'llm_int8_skip_modules=["score", "lm_head"]'
     if model.load_in_4bit:
         parts.append(
-            f'quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype={dtype}, '
+            f"quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype={dtype}, "
             f'bnb_4bit_quant_type="{model.bnb_4bit_quant_type}", '
             f"bnb_4bit_use_double_quant={model.use_bnb_nested_quant}, {skipped})"
         )
