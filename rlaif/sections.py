@@ -14,7 +14,7 @@ Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-HERE_TOLERANCE, SERVER_TOLERANCE = 1e-6, 0.05
+HERE_TOLERANCE, SERVER_TOLERANCE = 0.01, 0.05
 JudgeMethod = Literal["logprobs", "verdict", "rating", "function"]
 
 
