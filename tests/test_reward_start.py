@@ -13,6 +13,8 @@ from transformers import AutoTokenizer, LlamaForCausalLM, LlamaForSequenceClassi
 
 from rlaif import files
 from rlaif.errors import ConfigError, ModelError
+from rlaif.model import sampling
+from rlaif.model.groups import Group, score_groups
 from rlaif.model.roles import SharedBase
 from rlaif.recipe import ModelSection, load_recipe
 from rlaif.records import Prompt
@@ -114,10 +116,8 @@ def test_a_start_that_cannot_be_is_refused_by_the_recipe(tmp_path, tiny_model, k
 
 def plain_scores(folder, pairs):
     """What transformers alone says, with the model's own template and tokenizer."""
-    model, tokenizer = (
-        LlamaForSequenceClassification.from_pretrained(folder).eval(),
-        AutoTokenizer.from_pretrained(folder),
-    )
+    model = LlamaForSequenceClassification.from_pretrained(folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     found = []
     for prompt, answer in pairs:
         turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
@@ -138,8 +138,6 @@ def test_training_starts_at_the_scores_of_the_reward_model_itself_and_saves_an_a
     theirs = plain_scores(foreign, pairs)
     for (prompt, answer), expected in zip(pairs, theirs, strict=True):
         question = base.tokenizer.prompt([{"role": "user", "content": prompt}])
-        from rlaif.model.groups import Group, score_groups
-
         with base.acting_as("reward"), torch.no_grad():
             own = score_groups(base, "reward", [Group(question, [base.tokenizer.response(answer)])])
         assert own.item() == pytest.approx(expected, abs=1e-5)
@@ -169,8 +167,6 @@ def test_ppo_scores_the_texts_and_not_the_ids_of_its_own_vocabulary(opened, fore
     rows = [Prompt(id="a", prompt="Hello?"), Prompt(id="b", prompt="Why?")]
     responses = ["Good day.", "So."]
     tokenizer = actors.base.tokenizer
-    from rlaif.model import sampling
-
     ids = [tokenizer.prompt(row.messages) for row in rows]
     batch = sampling.pack(actors.base, ids, [tokenizer.response(text) for text in responses])
     theirs = plain_scores(foreign, [(row.prompt, text) for row, text in zip(rows, responses, strict=True)])
