@@ -18,6 +18,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from socketserver import TCPServer
 from typing import Any
 
 from rlaif.reward_service import DRAIN_SECONDS, Refused, Service
@@ -31,6 +32,7 @@ class Handler(BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
     server_version, sys_version = "rlaif", ""
+    timeout = READ_SECONDS  # for each piece that is read or written
     server: "Server"
 
     def handle_one_request(self) -> None:
@@ -114,6 +116,11 @@ class Server(ThreadingHTTPServer):
         self._free = threading.Semaphore(MAX_CONNECTIONS)
         self._answering, self._idle = 0, threading.Condition()
         super().__init__(address, Handler)
+
+    def server_bind(self) -> None:
+        """Bind without asking a name server for this machine's name."""
+        TCPServer.server_bind(self)
+        self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Serve a connection in a thread of its own, or tell it that there are too many."""

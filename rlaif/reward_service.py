@@ -13,6 +13,7 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as Late
+from email.message import Message
 from typing import Any, NoReturn, Protocol
 
 from rlaif.errors import DataError, RlaifError
@@ -104,11 +105,14 @@ class Batches:
                 return
 
     def _score(self, jobs: list[tuple[list[Group], Future[list[float]]]]) -> None:
+        problem: Exception = RuntimeError("the thread that scores has ended")
         try:
             found = iter(self._scorer.score([group for groups, _ in jobs for group in groups]))
             for groups, future in jobs:
                 future.set_result([next(found)[0].score for _ in groups])
-        except (RuntimeError, RlaifError) as problem:  # out of memory, for one: this batch fails, the server goes on
+        except (RuntimeError, RlaifError) as failure:  # out of memory, for one: this batch fails, the server goes on
+            problem = failure
+        finally:  # after anything else, which is a bug, the thread ends; nobody shall wait for it
             for _, future in jobs:
                 if not future.done():
                     future.set_exception(problem)
@@ -130,7 +134,7 @@ class Service:
         self._hosts = {"localhost", *(host.lower() for host in hosts)}
         self.batches = Batches(scorer)
 
-    def admit(self, method: str, path: str, headers: Mapping[str, str]) -> int:
+    def admit(self, method: str, path: str, headers: Mapping[str, str] | Message) -> int:
         """Look at a request before its body is read; return the size of the body.
 
         Raises:
@@ -175,6 +179,8 @@ class Service:
             Refused: the body is not what the path expects, or the model cannot score it now.
         """
         if path == "/health":
+            if not self.batches.thread.is_alive():
+                raise Refused(503, "the thread that scores has ended")
             return {"status": "ok", "model": self._name}
         data = _object(body)
         if path == "/get_reward":

@@ -240,3 +240,5 @@ def test_after_the_end_nothing_is_asked_any_more(scorer):
     service.batches.stop()
     with pytest.raises(Refused, match="stopping"):
         ask(service, "/classify", {"input": TEXT})
+    with pytest.raises(Refused, match="has ended"):
+        service.answer("/health", b"")

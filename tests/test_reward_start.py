@@ -76,7 +76,6 @@ def test_an_adapter_of_plain_peft_with_a_head_is_where_training_starts(opened, t
     assert found.pop(HEAD).tolist() == start.pop(HEAD).tolist() * heads
     assert found.keys() == start.keys()
     assert all(torch.equal(found[name], start[name]) for name in start)
-    plain_adapter(model, tmp_path / "plain", "SEQ_CLS")
     (tmp_path / "plain" / "adapter_config.json").write_text("{}")
     assert reward.inputs(run)["start"] != before["start"]
 

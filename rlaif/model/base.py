@@ -103,7 +103,7 @@ def load_base(settings: ModelSection, *, classifier: bool = False) -> Base:
             # On CPUs with AVX512-BF16, bitsandbytes 0.50 would repack the weights at the first forward pass in
             # evaluation mode, for a bf16 kernel without a backward pass: gradients vanish with a mere warning.
             module.support_avx512bf16_for_cpu = False
-    stops = getattr(lm.generation_config, "eos_token_id", None)  # a classifier has no such configuration
+    stops = getattr(getattr(lm, "generation_config", None), "eos_token_id", None)  # none of a classifier
     chat = ChatTokenizer(
         tokenizer,
         settings.model_name_or_path,

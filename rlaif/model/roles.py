@@ -9,7 +9,7 @@ Which parameters are trainable is decided once, when a role is added, and restor
 
 import inspect
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 from pathlib import Path
@@ -271,11 +271,10 @@ class SharedBase:
         ids = torch.tensor([[self.tokenizer.end_of_turn, 1, 2, 3]], device=self.device)
         with torch.no_grad(), self.acting_as(BASE):
             hidden = self.trunk(input_ids=ids, use_cache=False).last_hidden_state
+            project: Callable[[Tensor], Tensor] = self.logits if self.ready_head is None else Tensor.float
+            ours = theirs = project(hidden)  # of a reward model: compared with its own score when it was loaded
             if self.ready_head is None:
-                project, ours = self.logits, self.logits(hidden)
                 theirs = self.lm(input_ids=ids, use_cache=False).logits.float()
-            else:  # has been compared with the model's own score when it was loaded
-                project, ours, theirs = Tensor.float, hidden.float(), hidden.float()
             self.packs = attention.replaceable(self.lm) and attention.agrees(self, project, ids[0].tolist(), theirs[0])
         if not torch.allclose(ours, theirs, atol=1e-2, rtol=1e-3):
             raise ModelError(
