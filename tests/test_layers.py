@@ -29,6 +29,7 @@ PLAIN = {
     "constitution_check",
     "constitution_diff",
     "constitution_import",
+    "constitution_length",
     "constitution_write",
     "conversations",
     "json_items",
@@ -37,6 +38,7 @@ PLAIN = {
     "transcripts",
     "prompt_sets",
     "recipe",
+    "reward_parts",
     "sections",
     "steering",
     "filters",
@@ -45,7 +47,7 @@ PLAIN = {
     "journal",
     "progress",
 }
-TOP = {"report", "pipeline", "trace", "plan", "chat", "environment", "induce", "judging"}
+TOP = {"report", "pipeline", "trace", "tree", "plan", "chat", "environment", "induce", "judging"}
 TOP |= {"scoring", "reward_server", "reward_service"}
 COMMANDS = {"cli", "constitution_cli", "reward_cli"}
 ALLOWED = {
@@ -145,8 +147,7 @@ def functions() -> Iterator[tuple[str, str, int]]:
 
 
 def wrong_imports(path: Path) -> list[str]:
-    own = layer_of(module_of(path))
-    wrong = []
+    own, wrong = layer_of(module_of(path)), []
     for node in nodes(path):
         for module in imported(node):
             if module.split(".")[0] != "rlaif" or module == "rlaif":

@@ -18,7 +18,7 @@ from rlaif.maths.composition import mean_score, uncertainty_weighted, worst_scor
 from rlaif.model import sampling
 from rlaif.model.groups import Group, score_groups
 from rlaif.model.roles import SharedBase
-from rlaif.records import Messages, text_of
+from rlaif.records import Messages, Prompt, assistant, text_of
 from rlaif.sections import Combination
 
 REWARD, COST = "reward", "cost"
@@ -112,6 +112,33 @@ class RewardModel:
     def score(self, batch: sampling.Batch | Sequence[Group]) -> Tensor:
         """Return one score of each response, ``[B]``."""
         return self.combine(self.members(batch))
+
+    def score_responses(
+        self,
+        base: SharedBase,
+        rows: Sequence[Prompt],
+        responses: Sequence[str],
+        batch: sampling.Batch,
+        size: int,
+    ) -> Tensor:
+        """Return one score of each response of a policy, ``[B]``, in passes over so many.
+
+        Args:
+            base: the policy's base. A model that stands on it reads its ids; one on a base of its own, with another
+                vocabulary, reads the texts.
+            rows: ``B`` prompts.
+            responses: the texts of the responses to them.
+            batch: the same, packed.
+            size: rows in a pass.
+        """
+        parts: Sequence[sampling.Batch | Sequence[Group]]
+        if self.base is base:
+            parts = sampling.in_microbatches(batch, size)
+        else:
+            pairs = zip(rows, responses, strict=True)
+            groups = [encode_group(self, row.messages, [assistant(text)]) for row, text in pairs]
+            parts = [groups[start : start + size] for start in range(0, len(groups), size)]
+        return torch.cat([self.score(part) for part in parts]).to(batch.ids.device)
 
     @property
     def scale(self) -> Scale:
