@@ -289,7 +289,9 @@ def uses(names: set[str]) -> set[str]:
 
 
 def test_only_roles_switches_adapters() -> None:
-    assert uses(SWITCHES) == {"model/roles.py"}
+    flag = {"disable_adapters"}  # of a layer it is a flag, which is read
+    assert uses(SWITCHES - flag) == {"model/roles.py"}
+    assert uses(flag) == {"model/lora.py"}
 
 
 def test_no_adapter_is_merged() -> None:

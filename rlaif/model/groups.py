@@ -2,9 +2,9 @@
 
 All tokens of all groups go through a model as one packed row ``[1, N]``: a group's prompt, its first response, its
 second one and so on. The positions of every response begin at the prompt's length, and attention alone knows which
-token belongs to whom: it is replaced for the length of a pass, as it is for generation (`rlaif.model.attention`). A prompt
-and its first response are one causal sequence; each further response attends to the prompt and to itself. A score is
-what a padded pass over whole rows would give, beyond the rounding of sums, and so are the gradients.
+token belongs to whom: it is replaced for the length of a pass, as it is for generation (`rlaif.model.attention`). A
+prompt and its first response are one causal sequence; each further response attends to the prompt and to itself. A
+score is what a padded pass over whole rows would give, beyond the rounding of sums, and so are the gradients.
 
 Models whose attention cannot be replaced take the padded pass.
 """
