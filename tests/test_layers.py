@@ -25,12 +25,8 @@ PLAIN = {
     "endpoints",
     "overrides",
     "records",
-    "constitution",
-    "constitution_check",
-    "constitution_diff",
-    "constitution_import",
-    "constitution_length",
-    "constitution_write",
+    *("constitution", "constitution_check", "constitution_diff", "constitution_import"),
+    *("constitution_length", "constitution_write"),
     "conversations",
     "json_items",
     "markdown",
@@ -47,8 +43,8 @@ PLAIN = {
     "journal",
     "progress",
 }
-TOP = {"report", "pipeline", "trace", "tree", "plan", "chat", "environment", "induce", "judging"}
-TOP |= {"scoring", "reward_server", "reward_service"}
+TOP = {"report", "pipeline", "trace", "tree", "plan", "chat", "environment", "induce", "judging", "scoring"}
+TOP |= {"reward_server", "reward_service"}
 COMMANDS = {"cli", "constitution_cli", "reward_cli"}
 ALLOWED = {
     "plain": set(),
