@@ -169,7 +169,7 @@ def test_ppo_scores_the_texts_and_not_the_ids_of_its_own_vocabulary(opened, fore
     ids = [tokenizer.prompt(row.messages) for row in rows]
     batch = sampling.pack(actors.base, ids, [tokenizer.response(text) for text in responses])
     theirs = plain_scores(foreign, [(row.prompt, text) for row, text in zip(rows, responses, strict=True)])
-    assert score(actors, rows, responses, batch).tolist() == pytest.approx(theirs, abs=1e-5)
+    assert score(actors, rows, responses, batch).total.tolist() == pytest.approx(theirs, abs=1e-5)
     other = encode_group(actors.model, rows[0].messages, [[{"role": "assistant", "content": responses[0]}]])
     assert other.prompt != ids[0]
     _, values = judge_tokens(actors, POLICY, batch)  # the critic stands on the policy's base, and starts at 0

@@ -143,8 +143,7 @@ def _reward_worth(measured: dict[str, Any]) -> list[str]:
         "",
         f"- Negative log-likelihood {measured['nll']:.3f}, expected calibration error {measured['ece']:.3f}, fitted "
         f"temperature {'none' if temperature is None else f'{temperature:.3g}'}.",
-        f"- Scores are shifted by {measured['offset']:.6g} and divided by {measured['scale']:.6g}; the average is 0 on "
-        f"{measured['reference']}.",
+        f"- Scores are {_shifted(measured)}; the average is 0 on {measured['reference']}.",
     ]
     lines += ["", "## Known biases", ""]
     length = measured["length_correlation"]["spearman"]
@@ -161,6 +160,12 @@ def _reward_worth(measured: dict[str, Any]) -> list[str]:
     if better:
         lines.append(f"- It is no better than {', '.join(better)} on these comparisons.")
     return lines
+
+
+def _shifted(measured: dict[str, Any]) -> str:
+    if len(measured["members"]) == 1:
+        return f"shifted by {measured['offset']:.6g} and divided by {measured['scale']:.6g}"
+    return f"the mean of {len(measured['members'])} members (heads and adapters), each shifted and scaled by itself"
 
 
 def _cost_worth(measured: dict[str, Any]) -> list[str]:
