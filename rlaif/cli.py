@@ -16,6 +16,7 @@ import typer
 
 from rlaif.constitution_cli import constitution_app
 from rlaif.errors import RlaifError
+from rlaif.reward_cli import RECIPE, reward_app
 
 STAGE_TITLES = {
     "revise": "Write responses, critiques and revisions: the demonstrations.",
@@ -43,6 +44,7 @@ models_app = typer.Typer(help="The embedded models.", no_args_is_help=True)
 app.add_typer(constitution_app, name="constitution")
 app.add_typer(human_app, name="human")
 app.add_typer(models_app, name="models")
+app.add_typer(reward_app, name="reward")
 
 RecipeArgument = Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped one.", show_default=False)]
 SetOption = Annotated[
@@ -100,7 +102,10 @@ def _stage_command(stage: str) -> Callable[..., None]:
 
 
 for _stage in STAGE_TITLES:
-    app.command(_stage)(_stage_command(_stage))
+    if _stage == "reward":
+        reward_app.command(RECIPE)(_stage_command(_stage))
+    else:
+        app.command(_stage)(_stage_command(_stage))
 
 
 @app.command()

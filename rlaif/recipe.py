@@ -252,6 +252,11 @@ class Recipe(Section):
         judges = enumerate(self.label.judges) if stage == "label" else ()
         return named | {f"judges.{index}.engine": one.engine for index, one in judges if one.engine}
 
+    def reward_base(self) -> ModelSection:
+        """Return the base that the reward adapters stand on: the recipe's model, or `reward.model` loaded likewise."""
+        named = {"model_name_or_path": self.reward.model, "model_revision": self.reward.model_revision}
+        return self.model.model_copy(update=named) if self.reward.model else self.model
+
     def folder(self) -> Path:
         """Return the run folder."""
         return Path(self.output or f"runs/{self.name}")
@@ -269,6 +274,7 @@ class Loaded(BaseModel):
     reference: Path | None = None
     adapters: dict[str, Path] = {}
     cost_stage: Path | None = None
+    start: Path | None = None  # the adapter of `reward.start_from`
 
 
 def only_model(name: str) -> Loaded:
@@ -303,6 +309,7 @@ def load_recipe(path: Path, overrides: list[str] = []) -> Loaded:  # noqa: B006
         candidate_files=[find("recipes", name, here) for name in recipe.label.candidate_files],
         reference=find("recipes", recipe.label.reference, here) if recipe.label.reference else None,
         adapters={name: _adapter(name, here) for name in _adapters_named(recipe.label)},
+        start=None if recipe.reward.start_from in ("sft", "base") else _adapter(recipe.reward.start_from, here),
         cost_stage=find_cost_stage(recipe.ppo.rewards, here),
     )
 
@@ -318,8 +325,8 @@ def _adapter(name: str, here: Path) -> Path:
         if (root / name / "adapter_config.json").is_file():
             return (root / name).resolve()
     raise ConfigError(
-        f"label: no adapter in `{name}`; looked beside the recipe and in the working folder. Name `base`, `sft`, or a "
-        "folder that holds adapter_config.json."
+        f"label or reward: no adapter in `{name}`; looked beside the recipe and in the working folder. Name `base`, "
+        "`sft`, or a folder that holds adapter_config.json."
     )
 
 

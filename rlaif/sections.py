@@ -207,7 +207,9 @@ class Combination(Section):
 class RewardSection(TrainingSection):
     """The reward model: LoRA adapters and fp32 heads on the shared base."""
 
-    start_from: Literal["sft", "base"] = Field("sft", description="weights that the adapter starts with")
+    start_from: str = Field("sft", min_length=1, description="`sft`, `base` or an adapter folder to start with")
+    model: str | None = Field(None, min_length=1, description="somebody's reward model, as a base of its own")
+    model_revision: str | None = Field(None, description="commit of this model on the Hub")
     pair_loss: PairLoss = PairLoss()
     pair_losses: dict[str, PairLoss] = Field({}, description="other losses, by annotator or source")
     ranking_loss: Literal["pairs", "plackett_luce"] = Field("pairs", description="rankings with ties take `pairs`")
@@ -231,6 +233,10 @@ class RewardSection(TrainingSection):
     def _watched(self) -> "RewardSection":
         if self.early_stopping_patience and self.eval_steps is None:
             raise ValueError("early_stopping_patience needs eval_steps: how often to measure")
+        if self.model and self.start_from == "sft":
+            raise ValueError("start_from is `sft`, whose adapter does not fit reward.model; give `base` or an adapter")
+        if self.model_revision and not self.model:
+            raise ValueError("model_revision is that of reward.model, and there is none")
         return self
 
 

@@ -25,29 +25,23 @@ PLAIN = {
     "endpoints",
     "overrides",
     "records",
-    "constitution",
-    "constitution_check",
-    "constitution_diff",
-    "constitution_import",
-    "constitution_length",
-    "constitution_write",
+    *("constitution", "constitution_check", "constitution_diff", "constitution_import"),
+    *("constitution_length", "constitution_write"),
+    "conversations",
     "json_items",
     "markdown",
     "prompting",
     "transcripts",
     "prompt_sets",
-    "recipe",
-    "reward_parts",
-    "sections",
+    *("recipe", "reward_parts", "sections"),
     "steering",
     "filters",
     "sameness",
-    "files",
-    "journal",
-    "progress",
+    *("files", "journal", "progress"),
 }
-TOP = {"report", "pipeline", "trace", "tree", "plan", "chat", "environment", "induce", "judging"}
-COMMANDS = {"cli", "constitution_cli"}
+TOP = {"report", "pipeline", "trace", "tree", "plan", "chat", "environment", "induce", "judging", "scoring"}
+TOP |= {"reward_server", "reward_service"}
+COMMANDS = {"cli", "constitution_cli", "reward_cli"}
 ALLOWED = {
     "plain": set(),
     "maths": set(),
@@ -238,7 +232,7 @@ def test_the_command_line_imports_only_errors_until_a_command_runs() -> None:
         found = {name for node in at_import(PACKAGE / f"{module}.py") for name in imported(node)}
         return {name for name in found if name.startswith("rlaif")}
 
-    assert names("cli") == {"rlaif.errors", "rlaif.constitution_cli"}
+    assert names("cli") == {"rlaif.errors", "rlaif.constitution_cli", "rlaif.reward_cli"}
     assert names("constitution_cli") == {"rlaif.errors"}
 
 

@@ -183,11 +183,11 @@ def replaceable(lm: Any) -> bool:
     )
 
 
-def agrees(base: Any, ids: list[int], expected: Tensor) -> bool:
-    """Whether a packed pass of some token ids has the logits ``[N, V]`` that the model itself computed."""
+def agrees(base: Any, project: Callable[[Tensor], Tensor], ids: list[int], expected: Tensor) -> bool:
+    """Whether a packed pass of some token ids, projected, is what the model itself computed: ``[N, V]``."""
     last = len(ids) - 1
     step = Step(Store(2, last + 1), [last, 0], [Segment(0, 0, 2, 2 + last)], base.device)
-    logits = base.logits(base.packed(step, [ids[-1], ids[0], *ids[:-1]]))
+    logits = project(base.packed(step, [ids[-1], ids[0], *ids[:-1]]))
     found = torch.stack([*logits[2:], logits[0], logits[1]])
     wanted = torch.stack([*expected, expected[0]])
     tolerance = 1e-3 if base.lm.dtype == torch.float32 else 5e-2  # of half precision, rounding in another order

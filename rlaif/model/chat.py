@@ -12,7 +12,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from rlaif.errors import ModelError
+from rlaif.errors import DataError, ModelError
 from rlaif.records import Messages
 
 # What an expression of a chat template can run into; its sandbox lets Python's own errors through.
@@ -28,13 +28,15 @@ _MARK = re.compile(f"{_OPEN}([0-9]+){_CLOSE}")
 class ChatTokenizer:
     """A tokenizer with a chat template, the ids that end a turn, and a padding id."""
 
-    def __init__(self, tokenizer: Any, name: str, eos_ids: Sequence[int] = ()):
+    def __init__(self, tokenizer: Any, name: str, eos_ids: Sequence[int] = (), *, whole_turns: bool = False):
         """Wrap a `transformers` tokenizer.
 
         Args:
             tokenizer: a fast tokenizer with a chat template.
             name: the model's name, for messages.
             eos_ids: further ids that end a response (from the model's generation settings).
+            whole_turns: close a response with all that the template writes after one, and not with the end of the
+                turn alone: other people's reward models were trained to be read there.
 
         Raises:
             ModelError: it has no chat template, is not a fast tokenizer, or its template drops what the user says.
@@ -62,6 +64,11 @@ class ChatTokenizer:
         if not endings and tokenizer.eos_token_id is None:
             raise ModelError(f"model `{name}`: no token ends a turn; an end-of-sequence token is needed.")
         self.end_of_turn: int = endings[0] if endings else tokenizer.eos_token_id
+        self._closing = tail if whole_turns and tail else [self.end_of_turn]
+        self._header = probe[probe.index(_CLOSE) + 1 : probe.rindex(_OPEN)]  # between a question and its answer
+        self._begins = str(tokenizer.bos_token or "")
+        if not probe.startswith(self._begins):
+            self._begins = ""
         known = {self.end_of_turn, *eos_ids, tokenizer.eos_token_id}
         self.eos_ids: list[int] = sorted(token for token in known if token is not None)
         self.pad_id: int = self._padding_id()
@@ -127,7 +134,38 @@ class ChatTokenizer:
     def response(self, text: str, *, ended: bool = True) -> list[int]:
         """Encode an assistant's answer; with `ended`, closed by the token that ends a turn."""
         ids = self._data_ids(text)
-        return [*ids, self.end_of_turn] if ended else ids
+        return [*ids, *self._closing] if ended else ids
+
+    def rendered(self, text: str, prompt: str = "") -> tuple[list[int], list[int]]:
+        """Encode a conversation that somebody else has rendered with this chat template, up to and with its answer.
+
+        The end of the last turn may be missing or may stand there, with white space after it. The token that begins
+        every sequence may be missing: some clients take it off because their servers add it.
+
+        Args:
+            text: the rendered conversation.
+            prompt: what of it is the prompt, with the words that open the answer; where it is empty or not the
+                beginning of `text`, the answer is what stands after the last such words.
+
+        Returns:
+            The ids of the prompt and those of the response, closed as `response` closes one; control tokens in the
+            response are inert.
+
+        Raises:
+            DataError: the template's words that open an answer do not stand in the text.
+        """
+        if not text.startswith(self._begins):
+            text, prompt = self._begins + text, self._begins + prompt if prompt else ""
+        if not prompt or not text.startswith(prompt):
+            before, opening, _ = text.rpartition(self._header)
+            if not opening:
+                raise DataError(
+                    f"a text without {self._header!r}, which opens an answer in the chat template of `{self.name}`. "
+                    "Send the conversation as this template shows it, or as a list of turns."
+                )
+            prompt = before + opening
+        answer, end = text[len(prompt) :].rstrip(), self.raw.convert_ids_to_tokens(self.end_of_turn)
+        return self._template_ids(prompt), self.response(answer.removesuffix(end))
 
     def decode(self, ids: Sequence[int]) -> str:
         """Decode a response to text without control tokens and outer white space."""

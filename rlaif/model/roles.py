@@ -9,7 +9,7 @@ Which parameters are trainable is decided once, when a role is added, and restor
 
 import inspect
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 from pathlib import Path
@@ -41,6 +41,7 @@ class SharedBase:
         self.identity = base.identity
         self.max_length = base.max_length
         self.device = base.device
+        self.ready_head = base.head  # of a base that is a reward model: ``[1, hidden]``
         self.heads = nn.ModuleDict()
         self._settings = settings
         self._peft: PeftModel | None = None
@@ -58,9 +59,9 @@ class SharedBase:
         self._check_logits()
 
     @classmethod
-    def load(cls, settings: ModelSection) -> "SharedBase":
-        """Load the base that a recipe names."""
-        return cls(load_base(settings), settings)
+    def load(cls, settings: ModelSection, *, classifier: bool = False) -> "SharedBase":
+        """Load the base that a recipe names; `classifier`: it is a reward model, and writes no text."""
+        return cls(load_base(settings, classifier=classifier), settings)
 
     # --- roles -----------------------------------------------------------------------------------------------
 
@@ -83,7 +84,7 @@ class SharedBase:
                 because its B matrices are zero.
             head: give it a scalar head; a new one is zero, so that its first values are 0.
             outputs: how many numbers the head gives. A new head gives one where None. A head from `adapter` with more
-                than `outputs` 1 becomes their mean; where None it stays as it is.
+                than `outputs` 1 becomes their mean, one with a single output is repeated; where None it stays as it is.
             like: start as a copy of this role instead of `adapter`.
 
         Raises:
@@ -104,8 +105,10 @@ class SharedBase:
         self._attach(role, config, weights, adapter)
         self._trainable[role], self._has_adapter[role] = trainable, True
         if head or score is not None:
-            if score is not None and outputs == 1:
-                score = score.mean(0, keepdim=True)
+            if score is not None and outputs and len(score) != outputs:
+                if outputs > 1 < len(score):
+                    raise ModelError(f"{adapter}: its head has {len(score)} outputs; {outputs} or 1 are expected.")
+                score = score.mean(0, keepdim=True).expand(outputs, -1)
             self._add_head(role, score, like, outputs or 1)
         self._restore()
 
@@ -268,9 +271,12 @@ class SharedBase:
         """Refuse a model family whose logits are not what `trunk` and `logits` compute."""
         ids = torch.tensor([[self.tokenizer.end_of_turn, 1, 2, 3]], device=self.device)
         with torch.no_grad(), self.acting_as(BASE):
-            ours = self.logits(self.trunk(input_ids=ids, use_cache=False).last_hidden_state)
-            theirs = self.lm(input_ids=ids, use_cache=False).logits.float()
-            self.packs = attention.replaceable(self.lm) and attention.agrees(self, ids[0].tolist(), theirs[0])
+            hidden = self.trunk(input_ids=ids, use_cache=False).last_hidden_state
+            project: Callable[[Tensor], Tensor] = self.logits if self.ready_head is None else Tensor.float
+            ours = theirs = project(hidden)  # of a reward model: compared with its own score when it was loaded
+            if self.ready_head is None:
+                theirs = self.lm(input_ids=ids, use_cache=False).logits.float()
+            self.packs = attention.replaceable(self.lm) and attention.agrees(self, project, ids[0].tolist(), theirs[0])
         if not torch.allclose(ours, theirs, atol=1e-2, rtol=1e-3):
             raise ModelError(
                 f"model `{self.tokenizer.name}`: its logits are not a projection of its last hidden state; "

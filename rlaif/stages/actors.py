@@ -38,6 +38,11 @@ class Actors:
     scale: float = 1.0
     critic_offset: float = 0.0  # taken off what the critic's head says, to be in units of the reward model
 
+    @property
+    def starts_critic(self) -> bool:
+        """Whether an adapter critic starts from the reward model, which must stand on the same base for that."""
+        return self.model is not None and self.model.base is self.base
+
 
 def assign_roles(run: Run) -> Actors:
     """Give the roles to the shared base.
@@ -62,7 +67,8 @@ def assign_roles(run: Run) -> Actors:
         actors.offset, actors.scale = model.scale
     else:
         actors.function = reward_function(run, base, "ppo")
-    if own_critic and actors.model:
+    if own_critic and actors.starts_critic:
+        assert actors.model
         weight, actors.critic_offset = actors.model.critic_start()
         base.add_role(CRITIC, trainable=True, adapter=run.output("reward", "adapter"), outputs=1)
         with torch.no_grad():
@@ -82,7 +88,8 @@ def reward_model(run: Run, base: SharedBase) -> RewardModel:
     """
     stage = run.output("reward", "adapter").parent
     refuse_weak_reward(run, read_calibration(stage))
-    return RewardModel.load(base, stage, run.recipe.ppo.reward_model)
+    own = run.load_reward_base() if run.recipe.reward.model else base
+    return RewardModel.load(own, stage, run.recipe.ppo.reward_model)
 
 
 def refuse_weak_reward(run: Run, measured: dict[str, Any]) -> None:
@@ -119,8 +126,7 @@ def score(actors: Actors, rows: list[Prompt], responses: list[str], batch: Batch
         values = call_function(name, actors.function, [row.prompt for row in rows], responses, **columns)
         return Scored(torch.tensor(values, device=actors.base.device), {})
     assert actors.model, "without a function a reward model scores"
-    parts = [actors.model.score(part) for part in in_microbatches(batch, actors.settings.microbatch)]
-    return Scored(torch.cat(parts), {})
+    return Scored(actors.model.score_responses(actors.base, rows, responses, batch, actors.settings.microbatch), {})
 
 
 def calibrate(actors: Actors, raw: Tensor) -> None:
@@ -170,6 +176,6 @@ def critic_values(actors: Actors, batch: Batch, hidden: Tensor) -> Tensor:
     """Return the value of the state before each response token, ``[B, T]``, on the scale of the rewards."""
     length = batch.response_ids.shape[1]
     values = actors.base.head(CRITIC, hidden[:, -length - 1 : -1])
-    if actors.own_critic and actors.model:  # started from the reward model, in its units
+    if actors.own_critic and actors.starts_critic:  # started from the reward model, in its units
         values = (values - actors.critic_offset - actors.offset) / actors.scale
     return values * batch.response_mask

@@ -17,7 +17,7 @@ from torch import Tensor
 from rlaif.errors import DataError
 from rlaif.maths.composition import Standard, gate, standard_of, standardize, weighted_sum, worst_of
 from rlaif.model.roles import SharedBase
-from rlaif.model.sampling import Batch, in_microbatches
+from rlaif.model.sampling import Batch
 from rlaif.records import Prompt
 from rlaif.reward_parts import CompositeSection, RewardPart
 from rlaif.sections import Combination
@@ -59,13 +59,15 @@ class Composite:
             ConfigError: a function is not registered.
             StageError: there is no cost adapter.
         """
-        self.settings = run.recipe.ppo
+        self.settings, self._base = run.recipe.ppo, base
         self.standards: dict[str, Standard] = {}
         self._models: dict[str, RewardModel] = {}
         self._functions: dict[str, RewardFunction] = {}
         for part in self.settings.rewards:
             if part.cost:
-                self._models[part.name] = RewardModel.load(base, cost_stage(run), Combination(), COST)
+                own = run.recipe.reward.model is not None and run.loaded.cost_stage is None  # stands on that model
+                below = (model.base if model else run.load_reward_base()) if own else base
+                self._models[part.name] = RewardModel.load(below, cost_stage(run), Combination(), COST)
             elif part.model:
                 assert model, "the stage loads the reward model for the part that names it"
                 self._models[part.name] = model
@@ -122,8 +124,8 @@ class Composite:
         """Return what a part's source says, ``[B]``, NaN where it does not apply."""
         device = batch.ids.device
         if part.name in self._models:
-            pieces = in_microbatches(batch, self.settings.microbatch)
-            scores = torch.cat([self._models[part.name].score(piece) for piece in pieces])
+            model = self._models[part.name]
+            scores = model.score_responses(self._base, rows, responses, batch, self.settings.microbatch)
             return -scores if part.cost else scores
         if part.length:
             return (batch.response_mask.sum(1) - part.length).clamp_min(0).float()

@@ -183,12 +183,16 @@ def scorer_of(run: Run, base: SharedBase) -> Scorer | None:
     """Return what scores responses on PPO's scale: the parts of its reward or the reward model; None without either."""
     has_ppo, settings = "ppo" in run.recipe.stages, run.recipe.ppo
     stage = run.stage_folder("reward")
-    model = RewardModel.load(base, stage, settings.reward_model) if run.has_output("reward") else None
+    model = None
+    if run.has_output("reward"):
+        own = run.load_reward_base() if run.recipe.reward.model else base
+        model = RewardModel.load(own, stage, settings.reward_model)
     if has_ppo and settings.rewards:
         return on_ppo_scale(run, base, model, NAME)
     if model is None or (has_ppo and settings.reward_function):
         return None
-    return lambda rows, texts, batch: (model.score(batch) - model.scale.offset) / model.scale.scale
+    offset, scale = model.scale
+    return lambda rows, texts, batch: (model.score_responses(base, rows, texts, batch, _MICROBATCH) - offset) / scale
 
 
 @torch.no_grad()

@@ -34,6 +34,7 @@ from rlaif.model.sampling import Batch
 from rlaif.recipe import PpoSection
 from rlaif.records import Prompt, read_jsonl
 from rlaif.stages.actors import Actors, assign_roles, calibrate, critic_values, judge_tokens, scale_of, score, use_scale
+from rlaif.stages.cards import write_policy_card
 from rlaif.stages.checkpoints import CRITIC, POLICY, SAMPLES, restore, save
 from rlaif.stages.composite import SCALE, cost_files, part_figures, part_scores
 from rlaif.stages.judged_reward import reward_inputs
@@ -304,6 +305,8 @@ def finish(run: Run, actors: Actors) -> dict[str, Any]:
         with files.fresh_folder(folder / "critic") as fresh:
             save_file(head, fresh / "value_head.safetensors")
     rows = [row for _, row in read_jsonl(folder / METRICS)]
+    fact = f"{len(rows)} updates of PPO; KL to the reference {rows[-1]['rollout/kl_to_reference']:.2f} nats a response."
+    write_policy_card(run, actors.base, folder / "policy", [fact])
     return {
         "updates": len(rows),
         "responses": len(rows) * actors.settings.rollout_batch * actors.settings.samples_per_prompt,

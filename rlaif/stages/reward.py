@@ -24,6 +24,7 @@ from rlaif.model.roles import SharedBase
 from rlaif.records import Comparison, Demonstration, Ranking, Rating, Row, read_rows
 from rlaif.sections import Combination
 from rlaif.stages import reward_calibration as worth
+from rlaif.stages.cards import write_reward_card
 from rlaif.stages.reward_data import (
     Labelled,
     Split,
@@ -36,7 +37,16 @@ from rlaif.stages.reward_data import (
     standard_ratings,
     usable,
 )
-from rlaif.stages.reward_model import CALIBRATION, COST, REWARD, RewardModel, Scale, part_folder, roles_of
+from rlaif.stages.reward_model import (
+    CALIBRATION,
+    COST,
+    REWARD,
+    RewardModel,
+    Scale,
+    encode_group,
+    part_folder,
+    roles_of,
+)
 from rlaif.stages.reward_training import Job, train
 from rlaif.stages.run import Run
 
@@ -52,13 +62,16 @@ def inputs(run: Run) -> dict[str, str]:
     rows = {name: path for name, path in names.items() if name == "comparisons" or path.is_file()}
     start = starting_adapter(run)
     reference = {"demonstrations": _demonstrations(run)} if "revise" in run.recipe.stages else {}
-    return run.inputs(run.recipe.reward, files={**rows, **reference, **({"sft": start} if start else {})})
+    own = {"sft" if run.recipe.reward.start_from == "sft" else "start": start} if start else {}
+    return run.inputs(run.recipe.reward, files={**rows, **reference, **own})
 
 
 def starting_adapter(run: Run) -> Path | None:
-    """Return the adapter that training starts from: SFT's (Ouyang et al. 2022, section 3.5), if the recipe has one."""
-    wanted = run.recipe.reward.start_from == "sft" and "sft" in run.recipe.stages
-    return run.stage_folder("sft") / "adapter" if wanted else None
+    """Return the adapter that training starts from: SFT's (Ouyang et al. 2022, section 3.5), or that of the recipe."""
+    wanted = run.recipe.reward.start_from
+    if wanted == "sft":
+        return run.stage_folder("sft") / "adapter" if "sft" in run.recipe.stages else None
+    return run.loaded.start
 
 
 def _demonstrations(run: Run) -> Path:
@@ -69,7 +82,7 @@ def reward(run: Run) -> dict[str, Any]:
     """Run the stage; return the counts for its manifest."""
     settings, folder = run.recipe.reward, run.stage_folder(NAME)
     rows = read_labels(run)
-    base = run.load_base()
+    base = run.load_reward_base()
     found = usable(base, rows, settings.max_length)
     files.write_jsonl(folder / "unused.jsonl", found.unused)
     dev_fraction = settings.heldout_fraction if settings.early_stopping_patience else 0.0
@@ -135,9 +148,7 @@ def train_role(run: Run, base: SharedBase, role: str, split: Split) -> int:
         return int(json.loads((folder / "trained.json").read_text(encoding="utf-8"))["steps"])
     seed = run.recipe.seed if role == REWARD else run.seed(NAME, role) % 2**32
     torch.manual_seed(seed)
-    start = run.output("sft", "adapter") if starting_adapter(run) else None
-    base.add_role(role, trainable=True, head=True, outputs=1 if role == COST else settings.num_heads, adapter=start)
-    nn.init.normal_(base.head_weight(role), std=(base.hidden_size + 1) ** -0.5)  # Huang et al. 2024, detail 11
+    add_starting_role(run, base, role)
     rated = standard_ratings([*split.train, *split.dev, *split.heldout])
     learned, watched = (
         cost_examples(base, part, settings) if role == COST else examples(base, part, settings, rated)
@@ -153,6 +164,24 @@ def train_role(run: Run, base: SharedBase, role: str, split: Split) -> int:
     return steps
 
 
+def add_starting_role(run: Run, base: SharedBase, role: str) -> None:
+    """Add a role with the weights that training starts from.
+
+    A reward keeps the head of the adapter or of the reward model that it starts from. A cost is something else, and
+    gets a new head always.
+    """
+    settings, start = run.recipe.reward, starting_adapter(run)
+    if start and settings.start_from == "sft":
+        run.output("sft", "adapter")
+    base.add_role(role, trainable=True, head=True, outputs=1 if role == COST else settings.num_heads, adapter=start)
+    weight = base.head_weight(role)
+    with torch.no_grad():
+        if role != COST and base.ready_head is not None and not weight.any():
+            weight.copy_(base.ready_head.expand_as(weight))
+        elif role == COST or not weight.any():
+            nn.init.normal_(weight, std=(base.hidden_size + 1) ** -0.5)  # Huang et al. 2024, detail 11
+
+
 def measure(run: Run, base: SharedBase, roles: list[str], split: Split) -> dict[str, Any]:
     """Measure the reward model on held-out rows; write ``calibration.json`` and ``suspects.jsonl``."""
     settings, folder = run.recipe.reward, run.stage_folder(NAME)
@@ -162,7 +191,7 @@ def measure(run: Run, base: SharedBase, roles: list[str], split: Split) -> dict[
     scored = torch.cat(heldout.members)
     demonstrations = read_rows(_demonstrations(run), Demonstration) if run.has_output("revise") else []
     source, reference = worth.references(demonstrations, heldout)
-    groups = [worth.encode_group(model, prompt, [answer]) for prompt, answer in reference]
+    groups = [encode_group(model, prompt, [answer]) for prompt, answer in reference]
     sizes = range(0, len(groups), settings.microbatch)
     centre = torch.cat([model.members(groups[i : i + settings.microbatch]).cpu() for i in sizes]) if groups else scored
     model.scales = [
@@ -189,6 +218,9 @@ def measure(run: Run, base: SharedBase, roles: list[str], split: Split) -> dict[
         both = worth.Scored(own.rows + heldout.rows, own.members + heldout.members)
         files.write_jsonl(folder / "suspects.jsonl", worth.suspects(both, settings.suspects))
     files.write_json(folder / CALIBRATION, result)
+    for role in roles:
+        adapter = part_folder(folder, role) / "adapter"
+        write_reward_card(run, base, adapter, len(base.head_weight(role)), result, split.train)
     return result
 
 
@@ -220,5 +252,6 @@ def train_cost(run: Run, base: SharedBase, split: Split) -> dict[str, Any]:
     result |= {"offset": 0.0, "scale": scale.scale, "members": [{"offset": 0.0, "scale": scale.scale}]}
     result |= {"train_rows": len(own.train)}
     files.write_json(folder / CALIBRATION, result)
+    write_reward_card(run, base, folder / "adapter", 1, result, own.train)
     accuracy = result["sign"]["rate"] if result["sign"] else None
     return {"cost_train": len(own.train), "cost_steps": steps, "cost_sign_accuracy": accuracy}

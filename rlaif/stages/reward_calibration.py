@@ -16,7 +16,7 @@ from rlaif.model.groups import Group
 from rlaif.progress import Progress
 from rlaif.records import Comparison, Demonstration, Messages, text_of
 from rlaif.stages.reward_data import Labelled, answers_of
-from rlaif.stages.reward_model import RewardModel, Scale
+from rlaif.stages.reward_model import RewardModel, Scale, encode_group
 
 _SMALLEST_SCALE = 1e-6
 _SLICES = 4
@@ -46,12 +46,6 @@ def score_rows(model: RewardModel, rows: Sequence[Labelled], size: int, progress
                 found[index] = own
             task.advance(len(part))
     return Scored(list(rows), found)
-
-
-def encode_group(model: RewardModel, prompt: Messages, answers: Sequence[Messages]) -> Group:
-    """Encode a prompt and answers to it, each closed by the end of a turn."""
-    tokenizer = model.base.tokenizer
-    return Group(tokenizer.prompt(prompt), [tokenizer.response(text_of(answer)) for answer in answers])
 
 
 def scales_of(members: Tensor) -> list[Scale]:

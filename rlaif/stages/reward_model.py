@@ -18,6 +18,7 @@ from rlaif.maths.composition import mean_score, uncertainty_weighted, worst_scor
 from rlaif.model import sampling
 from rlaif.model.groups import Group, score_groups
 from rlaif.model.roles import SharedBase
+from rlaif.records import Messages, Prompt, assistant, text_of
 from rlaif.sections import Combination
 
 REWARD, COST = "reward", "cost"
@@ -112,6 +113,33 @@ class RewardModel:
         """Return one score of each response, ``[B]``."""
         return self.combine(self.members(batch))
 
+    def score_responses(
+        self,
+        base: SharedBase,
+        rows: Sequence[Prompt],
+        responses: Sequence[str],
+        batch: sampling.Batch,
+        size: int,
+    ) -> Tensor:
+        """Return one score of each response of a policy, ``[B]``, in passes over so many.
+
+        Args:
+            base: the policy's base. A model that stands on it reads its ids; one on a base of its own, with another
+                vocabulary, reads the texts.
+            rows: ``B`` prompts.
+            responses: the texts of the responses to them.
+            batch: the same, packed.
+            size: rows in a pass.
+        """
+        parts: Sequence[sampling.Batch | Sequence[Group]]
+        if self.base is base:
+            parts = sampling.in_microbatches(batch, size)
+        else:
+            pairs = zip(rows, responses, strict=True)
+            groups = [encode_group(self, row.messages, [assistant(text)]) for row, text in pairs]
+            parts = [groups[start : start + size] for start in range(0, len(groups), size)]
+        return torch.cat([self.score(part) for part in parts]).to(batch.ids.device)
+
     @property
     def scale(self) -> Scale:
         """Offset and scale of what `score` gives on the reference responses: those of a single member, else 0 and 1."""
@@ -131,6 +159,12 @@ class RewardModel:
         return divided.mean(0, keepdim=True), sum(one.offset / one.scale for one in scales) / len(scales)
 
 
+def encode_group(model: RewardModel, prompt: Messages, answers: Sequence[Messages]) -> Group:
+    """Encode a prompt and answers to it, each closed by the end of a turn."""
+    tokenizer = model.base.tokenizer
+    return Group(tokenizer.prompt(prompt), [tokenizer.response(text_of(answer)) for answer in answers])
+
+
 def read_calibration(folder: Path) -> dict[str, Any]:
     """Read ``calibration.json`` of a trained adapter.
 
@@ -138,6 +172,11 @@ def read_calibration(folder: Path) -> dict[str, Any]:
         StageError: it is not there.
     """
     path = folder / CALIBRATION
+    if (folder / "evaluation.json").is_file() and not path.is_file():
+        raise StageError(
+            f"{folder}: written by an earlier version (evaluation.json instead of {CALIBRATION}). Run the stage "
+            "`reward` again: its labels are kept, and it measures more of the model."
+        )
     if not path.is_file():
         raise StageError(
             f"{folder}: holds no trained reward model ({CALIBRATION} is not there). Name a run folder's `4-reward`, or "

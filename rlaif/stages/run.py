@@ -161,6 +161,12 @@ class Run:
         torch.manual_seed(self.recipe.seed)
         return SharedBase.load(self.recipe.model)
 
+    def load_reward_base(self) -> SharedBase:
+        """Load the base that the reward adapters stand on: the recipe's model, or `reward.model`."""
+        if self.recipe.reward.model is None:
+            return self.load_base()
+        return SharedBase.load(self.recipe.reward_base(), classifier=True)
+
     def _fetch(self) -> None:
         if self.fetches and self.recipe.model.model_name_or_path in builtin.EMBEDDED:
             builtin.fetch(self.recipe.model.model_name_or_path, self.progress.say)

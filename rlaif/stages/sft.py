@@ -17,6 +17,7 @@ from trl import SFTConfig, SFTTrainer
 from rlaif.errors import DataError
 from rlaif.model.roles import SharedBase
 from rlaif.records import Demonstration, read_rows, text_of
+from rlaif.stages.cards import write_policy_card
 from rlaif.stages.run import Run
 from rlaif.stages.training import Recorder, arguments, last_metrics, resume_point, step_of, steps_of, train_to
 
@@ -64,6 +65,10 @@ def sft(run: Run) -> dict[str, Any]:
             trainer.evaluate()
     base.save_role(ROLE, folder / "adapter")
     last = last_metrics(folder)
+    loss = last.get("sft/heldout_loss")
+    facts = [f"Fine-tuned on {len(train)} demonstrations in {steps} steps."]
+    facts += [] if loss is None else [f"Loss on {len(heldout)} held-out demonstrations: {loss:.3f} nats a token."]
+    write_policy_card(run, base, folder / "adapter", facts)
     return {
         "demonstrations": len(rows),
         "too_long": len(rows) - len(short),
