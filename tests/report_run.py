@@ -59,7 +59,7 @@ def make_run(folder: Path, *, text: str = "") -> Path:
         "nll": 0.481, "min_heldout_accuracy": 0.7, "offset": 0.31, "scale": 1.42, "train_pairs": 412,
         "heldout_pairs": 100,
     }
-    write_stage(folder, "reward", 4, {"train": 412, "heldout": 100}, metrics=reward, evaluation=evaluation)
+    write_stage(folder, "reward", 4, {"train": 412, "heldout": 100}, metrics=reward, calibration=evaluation)
     make_ppo(folder, text)
     write_stage(folder, "evaluate", 6, {"prompts": 150}, results=results(text))
     return folder

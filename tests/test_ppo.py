@@ -10,7 +10,8 @@ from rlaif.errors import DataError, StageError
 from rlaif.model import sampling
 from rlaif.stages import actors as actors_module
 from rlaif.stages import checkpoints, ppo
-from rlaif.stages.actors import CRITIC, POLICY, REFERENCE, REWARD, assign_roles, judge_tokens, score
+from rlaif.stages.actors import CRITIC, POLICY, REFERENCE, assign_roles, judge_tokens, score
+from rlaif.stages.reward_model import REWARD
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_sync")
 CRITICS = pytest.mark.parametrize("critic", ["trunk", "adapter"])

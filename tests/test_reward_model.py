@@ -33,9 +33,8 @@ def test_members_are_all_outputs_of_all_roles_padded_or_packed_alike(base):
     stirred(base, "reward-2", 1, 1)
     model = RewardModel(base, ["reward", "reward-2"], [Scale(0.0, 1.0)] * 3, Combination())
     packed = model.members(GROUPS)
-    batch = sampling.pack(
-        base, [g.prompt for g in GROUPS for _ in g.responses], [r for g in GROUPS for r in g.responses]
-    )
+    rows = [(group.prompt, response) for group in GROUPS for response in group.responses]
+    batch = sampling.pack(base, *zip(*rows, strict=True))
     assert packed.shape == (3, 3)
     assert torch.allclose(packed, model.members(batch), atol=1e-5)
     assert len({round(value, 6) for value in packed[0].tolist()}) == 3

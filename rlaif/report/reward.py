@@ -87,9 +87,8 @@ def _surety(found: RewardEvaluation) -> str:
     if fitted is None or fitted.temperature is None:
         why = {"separable": "every held-out pair is right", "uninformative": "its gaps do not point at the labels"}
         return f"How sure its scores may be could not be fitted: {why.get(fitted.found if fitted else '', 'no pairs')}."
-    sure = (
-        "too sure of itself" if fitted.temperature > 1.1 else "not sure enough" if fitted.temperature < 0.9 else "apt"
-    )
+    much, little = fitted.temperature > _APT, fitted.temperature < 1 / _APT
+    sure = "too sure of themselves" if much else "not sure enough" if little else "apt"
     return (
         f"Read as probabilities its scores are {sure}: {error}; dividing them by {number(fitted.temperature)} gives "
         f"the best likelihood ({number(fitted.nll)} nats a pair against {number(found.nll)})."
