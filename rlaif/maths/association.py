@@ -76,9 +76,7 @@ def associations(margins: ArrayLike, having: Mapping[str, Sequence[int]]) -> lis
         z = float((total + 1) / 2 * count - ranks[rows].sum()) / math.sqrt(variance) if variance > 0 else 0.0
         own = float(against[rows].sum())
         other = float(against.sum()) - own
-        odds = math.log((own + 0.5) / (count - own + 0.5)) - math.log(
-            (other + 0.5) / (total - count - other + 0.5)
-        )
+        odds = math.log((own + 0.5) / (count - own + 0.5)) - math.log((other + 0.5) / (total - count - other + 0.5))
         share, rest = own / count, other / (total - count)
         found.append(Association(name, count, share, rest, odds, z, float(ndtr(-z)), 1.0))
     found.sort(key=lambda one: (one.p, -one.z, one.name))

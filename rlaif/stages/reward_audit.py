@@ -64,7 +64,9 @@ def properties(rows: Sequence[Comparison]) -> dict[Property, list[int]]:
     """
     found: dict[Property, list[int]] = {}
     for place, row in enumerate(rows):
-        said = {name for turn in row.prompt if turn["role"] == "user" for name in bag_of_words.features(turn["content"])}
+        said = {
+            name for turn in row.prompt if turn["role"] == "user" for name in bag_of_words.features(turn["content"])
+        }
         own = [("words", name) for name in said] + [("annotator", row.annotator), ("source", row.source)]
         for one in own:
             found.setdefault(one, []).append(place)
@@ -98,13 +100,14 @@ def words_margins(rows: Sequence[Comparison]) -> NDArray[np.float64]:
 def try_words(
     listed: list[dict[str, Any]], model: RewardModel, heldout: Sequence[Labelled], size: int
 ) -> list[dict[str, Any]]:
-    """Add to the first listed words how often the model prefers the other answer once they end a prompt.
+    """Add to the strongest of the listed words how often the model prefers the other answer once they end a prompt.
 
     A model that takes no notice of the words turns only where it was undecided, as it does for any words: compare the
     listed ones with each other.
     """
     rows = [row for row in heldout if isinstance(row, Comparison)][:_TRIED_ON]
-    names = list(dict.fromkeys(row["name"] for row in listed if row["kind"] == "words"))[:_TRIED]
+    strongest = sorted((row for row in listed if row["kind"] == "words"), key=lambda row: float(row["p"]))
+    names = list(dict.fromkeys(row["name"] for row in strongest))[:_TRIED]
     if not rows or not names:
         return listed
     before = preferred(model, rows, [row.prompt for row in rows], size)
@@ -117,9 +120,7 @@ def try_words(
     return [{**row, "turned": turned.get(row["name"]) if row["kind"] == "words" else None} for row in listed]
 
 
-def preferred(
-    model: RewardModel, rows: Sequence[Comparison], prompts: Sequence[Messages], size: int
-) -> list[bool]:
+def preferred(model: RewardModel, rows: Sequence[Comparison], prompts: Sequence[Messages], size: int) -> list[bool]:
     """Tell of each comparison, under another prompt, whether the model scores the chosen answer higher."""
     groups = [
         encode_group(model, prompt, [row.chosen, row.rejected]) for row, prompt in zip(rows, prompts, strict=True)
@@ -138,11 +139,6 @@ def ending(prompt: Messages, words: str) -> Messages:
         {"role": turn["role"], "content": f"{turn['content'].rstrip()} {words}"} if index == place else turn
         for index, turn in enumerate(prompt)
     ]
-
-
-def summary(listed: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return what was found, without what only came near."""
-    return [row for row in listed if row["found"]]
 
 
 def _described(reference: str, kind: str, name: str, one: Association) -> dict[str, Any]:
