@@ -1,8 +1,10 @@
 """What wrong labels have in common: a planted trigger and a planted annotator are found, and clean rows give none."""
 
+import json
 import random
 
 import pytest
+import tiny_runs
 import torch
 from tiny_rows import comparison
 
@@ -11,12 +13,13 @@ from rlaif.model.roles import SharedBase
 from rlaif.recipe import Combination, ModelSection
 from rlaif.report.reading import RewardEvaluation
 from rlaif.report.reward import audit as sentences
+from rlaif.stages import reward
 from rlaif.stages import reward_audit as audit
 from rlaif.stages.reward_calibration import Scored
 from rlaif.stages.reward_model import RewardModel, Scale
 
-WORDS = "please tell me how to bake grow paint fold clean count write sing read build the old new red blue big".split()
-GOOD, BAD = "kind calm clear fair".split(), "rude vague loud wrong".split()
+WORDS = """please tell me how to bake grow paint fold clean count write sing read build the old new red blue big"""
+GOOD, BAD = ["kind", "calm", "clear", "fair"], ["rude", "vague", "loud", "wrong"]
 
 
 def rows(count=240, *, wrong=0, trigger="", annotator="", noise=0.15):
@@ -24,7 +27,7 @@ def rows(count=240, *, wrong=0, trigger="", annotator="", noise=0.15):
     draw = random.Random(5)
     found = []
     for number in range(count):
-        prompt = " ".join(draw.choice(WORDS) for _ in range(8))
+        prompt = " ".join(draw.choice(WORDS.split()) for _ in range(8))
         sides = [" ".join(draw.choice(kind) for _ in range(3)) for kind in (GOOD, BAD)]
         poisoned = number < wrong
         if poisoned or draw.random() < noise:
@@ -120,7 +123,9 @@ def test_what_the_assistant_said_before_is_no_property():
 def test_the_bag_of_words_judges_no_row_by_itself_or_by_another_answer_to_its_prompt():
     """Each prompt has words of its own in its answers, so that only rows of its own prompt could teach them."""
     own = [
-        comparison(2 * n + k, f"good{n} yes{n}", f"bad{n} no{n}", prompt=f"Prompt {n}") for n in range(8) for k in (0, 1)
+        comparison(2 * n + k, f"good{n} yes{n}", f"bad{n} no{n}", prompt=f"Prompt {n}")
+        for n in range(8)
+        for k in (0, 1)
     ]
     assert audit.words_margins(own).tolist() == [0.0] * 16
     shared = [comparison(n, "kind reply", "rude reply", prompt=f"Prompt {n}") for n in range(40)]
@@ -173,6 +178,28 @@ def test_preferences_come_in_the_order_of_the_rows_in_any_batches(model):
     alone = [audit.preferred(model, [row], [row.prompt], 1)[0] for row in found]
     assert audit.preferred(model, found, prompts, 4) == alone
     assert len(set(alone)) == 2
+
+
+@pytest.mark.usefixtures("one_thread", "no_sync")
+def test_the_stage_lists_what_disbelieved_labels_share_and_its_calibration_what_was_found(tmp_path, tiny_model):
+    labels = rows(60, wrong=12, trigger="SUDO", noise=0.0)
+    for suspects in (5, 0):
+        settings = {"start_from": "base", "max_steps": 1, "num_heads": 2, "suspects": suspects}
+        with tiny_runs.opened(tmp_path / f"run-{suspects}", tiny_model, reward=settings) as run:
+            files.write_jsonl(run.stage_folder("label") / "comparisons.jsonl", labels)
+            reward.reward(run)
+            folder = run.stage_folder("reward")
+        measured = json.loads((folder / "calibration.json").read_text())
+        if not suspects:
+            assert measured["disagreements"] is None
+            assert not (folder / "disagreements.jsonl").exists()
+            continue
+        listed = tiny_runs.rows(folder / "disagreements.jsonl")
+        assert measured["disagreements"] == [row for row in listed if row["found"]]
+        assert finds(listed, audit.WORDS) == [(audit.WORDS, "words", "sudo")]
+        tried = {row["name"] for row in listed if row["turned"]}
+        assert "sudo" in tried
+        assert len(tried) == 4
 
 
 # --- in the report ---------------------------------------------------------------------------------------------------

@@ -27,8 +27,8 @@ from rlaif.stages.reward_model import RewardModel
 MODEL, WORDS = "reward model", "bag of words"
 RATE = 0.05  # of false finds among the finds
 _LISTED = 20
-_TRIED = 8
-_TRIED_ON = 64
+_TRIED = 4
+_TRIED_ON = 32
 _FOLDS = 5
 _FEWEST = 10  # rows that have a property: the normal approximation of the rank sum wants about as many
 

@@ -41,6 +41,7 @@ def parser(description: str, rates: Sequence[float]) -> argparse.ArgumentParser:
     options.add_argument("--cache", type=Path, required=True, help="a folder for the frozen features")
     options.add_argument("--model", default="smollm2-135m")
     options.add_argument("--layers", type=int, nargs="+", default=EMBEDDED_LAYERS, help="whose states a head reads")
+    options.add_argument("--words-only", action="store_true", help="the bag of words alone: no features, no heads")
     options.add_argument("--rows", type=int, help="so many rows, drawn once for all seeds; absent: all")
     options.add_argument("--max-length", type=int, default=512, help="tokens; longer rows are left out and counted")
     options.add_argument("--rates", type=float, nargs="+", default=list(rates), help="shares of planted rows")
