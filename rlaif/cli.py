@@ -119,12 +119,13 @@ def trace(
 ) -> None:
     """Print where a row came from, back to the sentence of the constitution that caused it."""
     from rlaif import trace as ancestry
+    from rlaif import tree
 
     found = ancestry.trace(folder, row_id)
     if as_json:
-        typer.echo(json.dumps(ancestry.as_json(found), indent=2, ensure_ascii=False))
+        typer.echo(json.dumps(tree.as_json(found), indent=2, ensure_ascii=False))
     else:
-        typer.echo("\n".join(ancestry.as_lines(found)))
+        typer.echo("\n".join(tree.as_lines(found)))
 
 
 @app.command()
@@ -168,17 +169,20 @@ def env(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = F
 
 @human_app.command("import")
 def human_import(
-    path: Annotated[Path, typer.Argument(help="hh-rlhf (.jsonl or .gz) or TRL preference rows.", show_default=False)],
-    output: Annotated[Path, typer.Option(help="Where the comparisons go.")] = Path("comparisons.jsonl"),
+    path: Annotated[Path, typer.Argument(help="Preferences, ratings or rankings.", show_default=False)],
+    output: Annotated[
+        Path | None, typer.Option(help="Where the rows go; else comparisons.jsonl, ratings.jsonl or rankings.jsonl.")
+    ] = None,
     annotator: Annotated[str, typer.Option(help="Who labelled rows that do not say.")] = "human",
     tag: Annotated[str, typer.Option(help="Tag of rows that bring none.")] = "",
 ) -> None:
-    """Turn people's labels into comparisons; rows that cannot be used go to a file beside them, with the reason."""
+    """Turn people's labels into rows that can be trained on; unusable ones go to a file beside, with the reason."""
     from rlaif.files import write_jsonl
     from rlaif.human.labels import read_labels, summary
 
     imported = read_labels(path, annotator=annotator, tag=tag)
-    write_jsonl(output, imported.comparisons)
+    output = output or Path(f"{imported.kind}.jsonl")
+    write_jsonl(output, imported.rows)
     unused = output.with_suffix(".unused.jsonl")
     write_jsonl(unused, imported.unused)
     typer.echo(summary(imported, output, unused))

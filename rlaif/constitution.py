@@ -9,11 +9,10 @@ import math
 import os
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from pydantic import Field, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from rlaif.documents import (
     Document,
@@ -111,17 +110,27 @@ class Difference(NamedTuple):
 
 
 class Placed(NamedTuple):
-    """One entry of a constitution and where it stands."""
+    """One entry of a constitution and where it stands; of `unread` fields, the entry holds no value that counts."""
 
     document: Document
     part: Part
     number: int
     entry: Principle | Example | WorkedComparison | JudgeTest
+    unread: frozenset[str] = frozenset()
+
+    def has(self, *keys: str) -> bool:
+        """Tell whether these fields could be read."""
+        return self.unread.isdisjoint(keys)
 
     def problem(self, key: str, code: str, message: str, severity: Severity = "error") -> Problem:
         """Return a problem at one key of the entry; with an empty key, at the entry."""
         keys = (self.part, self.number, *([key] if key else []))
         return self.document.problem(keys, code, message, severity)
+
+    def warning(self, key: str, code: str, message: str) -> Problem:
+        """Return a warning at one key of the entry, which its message names; with an empty key, at the entry."""
+        where = f"{self.part}.{self.number}" + (f".{key}" if key else "")
+        return self.problem(key, code, f"{where}: {message}", "warning")
 
 
 class Reading(NamedTuple):
@@ -129,13 +138,15 @@ class Reading(NamedTuple):
 
     Attributes:
         documents: the files; the one that extends nothing comes first.
-        entries: the entries without a fault of their own, file by file.
+        entries: the entries as far as they can be read, file by file.
         problems: everything that is wrong.
+        complete: whether all files were found and each holds a list of principles.
     """
 
     documents: list[Document]
     entries: list[Placed]
     problems: list[Problem]
+    complete: bool
 
 
 def load(path: Path) -> Constitution:
@@ -166,6 +177,7 @@ def load(path: Path) -> Constitution:
 def read(path: Path) -> Reading:
     """Read a constitution and what it extends, and collect every problem instead of stopping at the first."""
     documents, problems = _chain(path)
+    complete = not problems and all(isinstance(one.data.get("principles"), list) for one in documents)
     entries: list[Placed] = []
     for document in documents:
         try:
@@ -175,9 +187,22 @@ def read(path: Path) -> Reading:
         for part, kind in KINDS.items():
             rows = document.data.get(part)
             for index, row in enumerate(rows if isinstance(rows, list) else []):
-                with suppress(ValidationError):
-                    entries.append(Placed(document, part, index, kind.model_validate(row)))
-    return Reading(documents, entries, [*problems, *_repeated(entries), *_unknown(documents, entries)])
+                entries.append(Placed(document, part, index, *_entry(kind, row)))
+    problems += [*_repeated(entries), *_unknown(documents, entries)]
+    return Reading(documents, entries, problems, complete)
+
+
+def _entry(kind: type[Principle | Example | WorkedComparison | JudgeTest], row: Any) -> tuple[Any, frozenset[str]]:
+    """Return an entry, and the fields of it that are missing or have a fault."""
+    given = row if isinstance(row, dict) else {}
+    values: dict[str, Any] = {}
+    unread = {key for key, field in kind.model_fields.items() if key not in given and field.is_required()}
+    for key in given.keys() & kind.model_fields.keys():
+        try:
+            values[key] = TypeAdapter(kind.model_fields[key].rebuild_annotation()).validate_python(given[key])
+        except ValidationError:
+            unread.add(key)
+    return kind.model_construct(**values), frozenset(unread)
 
 
 def _chain(path: Path) -> tuple[list[Document], list[Problem]]:
@@ -215,7 +240,7 @@ def _problem(path: Path, said: Problem | str) -> Problem:
 def _repeated(entries: Sequence[Placed]) -> Iterator[Problem]:
     first: dict[tuple[int, str, str], Placed] = {}
     for placed in entries:
-        if isinstance(placed.entry, Principle | Example):
+        if isinstance(placed.entry, Principle | Example) and placed.has("id"):
             before = first.setdefault((id(placed.document), placed.part, placed.entry.id), placed)
             if before is not placed:
                 line = before.problem("id", "", "").line
@@ -232,7 +257,9 @@ def _unknown(documents: Sequence[Document], entries: Sequence[Placed]) -> Iterat
     if not known or not all(isinstance(row, dict) and re.fullmatch(ID, str(row.get("id", ""))) for row in rows):
         return
     for placed in entries:
-        named = None if isinstance(placed.entry, Principle) else placed.entry.principle
+        if isinstance(placed.entry, Principle) or not placed.has("principle"):
+            continue
+        named = placed.entry.principle
         if named is not None and named not in known:
             where = f"{placed.part}.{placed.number}.principle"
             message = f"{where}: no principle `{named}`; there are: {', '.join(sorted(known))}."
@@ -253,6 +280,23 @@ def applying(constitution: Constitution, tag: str, category: str = "") -> list[P
             "Add the tag to the `applies_to` of a principle, or empty that list."
         )
     return found
+
+
+def tagged(constitution: Constitution, tags: Sequence[str]) -> Constitution:
+    """Return the part of a constitution whose principles have one of these tags.
+
+    Raises:
+        ConstitutionError: no principle has one.
+    """
+    part = [p for p in constitution.principles if set(p.tags) & set(tags)]
+    wanted = " or ".join(f"`{tag}`" for tag in tags)
+    if not part:
+        known = sorted({tag for p in constitution.principles for tag in p.tags})
+        raise ConstitutionError(
+            f"{constitution.name}: no principle is tagged {wanted}; its tags: {', '.join(known) or 'none'}. Add the "
+            "tag to the `tags` of a principle, or name another tag in the recipe."
+        )
+    return constitution.model_copy(update={"name": f"{constitution.name} (tagged {wanted})", "principles": part})
 
 
 def draw(

@@ -15,17 +15,15 @@ from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
 
-from rlaif.constitution import Constitution, Placed, Reading, load, read
+from rlaif.constitution import Placed, Reading, read
+from rlaif.constitution_length import TEXTS, estimated_tokens, lengths
 from rlaif.documents import Problem
-from rlaif.principles import Example, JudgeTest, Principle, WorkedComparison
-from rlaif.recipe import LabelSection, ReviseSection
-from rlaif.records import Messages, Prompt, read_rows
-from rlaif.requests import requests_of
+from rlaif.principles import Example, Principle, WorkedComparison
+from rlaif.records import Prompt, read_rows
 
 NEAR_PRINCIPLES = 0.5  # share of three-word sequences in common
 NEAR_ENTRIES = 0.8
 RARE = 1 / 1000
-_TURN_TOKENS = 8  # what a chat template writes around a turn
 
 
 class Kinds(NamedTuple):
@@ -52,18 +50,10 @@ def read_prompts(paths: Sequence[Path]) -> Kinds:
     return Kinds([path.name for path in paths], counts, max(estimated_tokens(row.prompt) for row in rows))
 
 
-def estimated_tokens(text: str) -> int:
-    """Estimate the tokens of a text from its characters and words.
-
-    On the requests of the shipped constitutions it is within a tenth of what SmolLM2's tokenizer counts. A letter
-    beyond ASCII is taken for one token, which is too few for that tokenizer and about right for larger ones.
-    """
-    plain = sum(char.isascii() for char in text)
-    return math.ceil(max(plain / 4, 1.3 * len(text.split())) + (len(text) - plain))
-
-
 def check(path: Path, kinds: Kinds, *, max_tokens: int) -> list[Problem]:
     """Return every problem of a constitution and of what it extends, in the order of files and lines.
+
+    An entry with a fault takes part in each comparison whose fields could be read.
 
     Args:
         path: the file.
@@ -72,9 +62,14 @@ def check(path: Path, kinds: Kinds, *, max_tokens: int) -> list[Problem]:
     """
     reading = read(path)
     entries = _effective(reading)
-    found = [*reading.problems, *_twice(entries), *_contradictions(entries), *_names(entries, kinds)]
-    if not reading.problems:
-        found += [*_draws(entries, kinds, reading), *_lengths(entries, load(path), kinds, max_tokens)]
+    texts = [one for one in entries if one.has(*TEXTS[one.part])]
+    named = [one for one in texts if one.has("id" if one.part == "principles" else "principle")]
+    found = [*reading.problems, *_twice(texts), *_contradictions(named, entries), *_names(entries, kinds)]
+    principles = [one for one in entries if one.part == "principles"]
+    if reading.complete and all(one.has("id", "weight", "applies_to") for one in principles):
+        found += _draws(principles, kinds, reading)
+    if reading.complete:
+        found += lengths(named, kinds.longest, max_tokens)
     order = {str(document.path): number for number, document in enumerate(reading.documents)}
     return sorted(dict.fromkeys(found), key=lambda p: (order.get(p.file, -1), p.line or 0, p.column or 0))
 
@@ -89,14 +84,16 @@ def _effective(reading: Reading) -> list[Placed]:
     """Return the entries that count: of those with one id, the last file's."""
     chosen: dict[tuple[str, str], Placed] = {}
     for index, placed in enumerate(reading.entries):
-        named = placed.entry.id if isinstance(placed.entry, Principle | Example) else f"#{index}"
-        chosen[placed.part, named] = placed
+        entry = placed.entry
+        key = placed.part, entry.id if isinstance(entry, Principle | Example) and placed.has("id") else f"#{index}"
+        repeats = key in chosen and chosen[key].document is placed.document  # an error of its own
+        chosen[(placed.part, f"#{index}") if repeats else key] = placed
     return list(chosen.values())
 
 
-def _warning(placed: Placed, key: str, code: str, message: str) -> Problem:
-    where = f"{placed.part}.{placed.number}" + (f".{key}" if key else "")
-    return placed.problem(key, code, f"{where}: {message}", "warning")
+def _called(placed: Placed) -> str:
+    entry = placed.entry
+    return entry.id if isinstance(entry, Principle) and placed.has("id") else f"principles.{placed.number}"
 
 
 def _line(placed: Placed, document: object) -> str:
@@ -136,7 +133,7 @@ def _twice(entries: Sequence[Placed]) -> Iterator[Problem]:
             same = max(texts, similarity(_wordings(first), _wordings(second), frames[1]))
             least = NEAR_PRINCIPLES
         elif type(first) is type(second):
-            same, least = similarity(_whole(first), _whole(second)), NEAR_ENTRIES
+            same, least = similarity(_whole(one), _whole(other)), NEAR_ENTRIES
         else:
             continue
         if same >= max(least, nearest.get(id(other), (0.0,))[0]):
@@ -145,12 +142,13 @@ def _twice(entries: Sequence[Placed]) -> Iterator[Problem]:
         first, second = one.entry, other.entry
         if isinstance(first, Principle) and isinstance(second, Principle):
             message = (
-                f"`{second.id}` says nearly the same as `{first.id}` in {_line(one, other.document)} ({same:.0%} "
-                "of their three-word sequences), so its subject is drawn twice as often. Merge or distinguish them."
+                f"`{_called(other)}` says nearly the same as `{_called(one)}` in {_line(one, other.document)} "
+                f"({same:.0%} of their three-word sequences), so its subject is drawn twice as often. "
+                "Merge or distinguish them."
             )
         else:
             message = f"nearly the same as the one in {_line(one, other.document)}. Remove one, or change its subject."
-        yield _warning(other, "", "near-duplicate", message)
+        yield other.warning("", "near-duplicate", message)
 
 
 def _frame(texts: Sequence[str]) -> set[tuple[str, ...]]:
@@ -164,9 +162,8 @@ def _wordings(principle: Principle) -> str:
     return " | ".join(given) or principle.text
 
 
-def _whole(entry: Principle | Example | WorkedComparison | JudgeTest) -> str:
-    keys = ("prompt", "response", "critique", "revision", "first", "second", "better", "worse")
-    return " | ".join(str(value) for key, value in entry.model_dump().items() if key in keys)
+def _whole(placed: Placed) -> str:
+    return " | ".join(getattr(placed.entry, key) for key in TEXTS[placed.part])
 
 
 # --- contradictions -----------------------------------------------------------------------------------------------
@@ -180,9 +177,8 @@ class _Verdict(NamedTuple):
     worse: str
 
 
-def _verdicts(entries: Sequence[Placed]) -> Iterator[_Verdict]:
+def _verdicts(entries: Sequence[Placed], first: str) -> Iterator[_Verdict]:
     """Yield what entries say is better, as plain texts; an example's revision is better than its response."""
-    first = next((placed.entry.id for placed in entries if isinstance(placed.entry, Principle)), "")
     for placed in entries:
         entry = placed.entry
         if isinstance(entry, Principle):
@@ -197,9 +193,10 @@ def _verdicts(entries: Sequence[Placed]) -> Iterator[_Verdict]:
             yield _Verdict(placed, entry.principle or first, _plain(entry.prompt), _plain(better), _plain(worse))
 
 
-def _contradictions(entries: Sequence[Placed]) -> Iterator[Problem]:
+def _contradictions(judged: Sequence[Placed], entries: Sequence[Placed]) -> Iterator[Problem]:
     """Yield tests that an example, a worked comparison or another test denies, or whose answer they give away."""
-    for one, other in combinations(_verdicts(entries), 2):
+    first = next((_called(placed) for placed in entries if placed.part == "principles"), "")
+    for one, other in combinations(_verdicts(judged, first), 2):
         if (one.principle, one.prompt) != (other.principle, other.prompt):
             continue
         kind = {"examples": "example", "comparisons": "worked comparison", "tests": "test"}[one.placed.part]
@@ -208,13 +205,13 @@ def _contradictions(entries: Sequence[Placed]) -> Iterator[Problem]:
         is_test = other.placed.part == "tests"
         if (one.better, one.worse) == (other.worse, other.better):
             message = f"says the opposite of {where} {named}. Swap the sides of one, or name another principle."
-            yield _warning(other.placed, "", "contradiction", message)
+            yield other.placed.warning("", "contradiction", message)
         elif is_test and kind == "example" and other.better == one.worse:
             message = f"is what {where} criticizes {named}. Give a better answer, or another principle."
-            yield _warning(other.placed, "better", "contradiction", message)
+            yield other.placed.warning("better", "contradiction", message)
         elif is_test and kind == "worked comparison" and (one.better, one.worse) == (other.better, other.worse):
             message = f"repeats {where}, which the judge is shown with its answer. Test with another prompt."
-            yield _warning(other.placed, "", "given-away", message)
+            yield other.placed.warning("", "given-away", message)
 
 
 # --- draws --------------------------------------------------------------------------------------------------------
@@ -223,14 +220,14 @@ def _contradictions(entries: Sequence[Placed]) -> Iterator[Problem]:
 def _names(entries: Sequence[Placed], kinds: Kinds) -> Iterator[Problem]:
     """Yield names in `applies_to` that no prompt has as a tag or a category."""
     for placed in entries:
-        if not isinstance(placed.entry, Principle):
+        if not isinstance(placed.entry, Principle) or not placed.has("applies_to"):
             continue
         unknown = [name for name in placed.entry.applies_to if name not in kinds.names]
         if unknown and len(unknown) == len(placed.entry.applies_to):
-            message = f"no prompt can draw `{placed.entry.id}`: {_no_prompt(unknown, kinds)}"
-            yield _warning(placed, "applies_to", "never-drawn", message)
+            message = f"no prompt can draw `{_called(placed)}`: {_no_prompt(unknown, kinds)}"
+            yield placed.warning("applies_to", "never-drawn", message)
         elif unknown:
-            yield _warning(placed, "applies_to", "unknown-tag", _no_prompt(unknown, kinds))
+            yield placed.warning("applies_to", "unknown-tag", _no_prompt(unknown, kinds))
 
 
 def _no_prompt(unknown: Sequence[str], kinds: Kinds) -> str:
@@ -265,73 +262,11 @@ def _draws(entries: Sequence[Placed], kinds: Kinds, reading: Reading) -> Iterato
     for name, one in placed.items():
         if name in share and share[name] < RARE:
             message = f"`{name}` gets at most {share[name]:.2g} of the draws of any kind of prompt. Raise its weight."
-            yield _warning(one, "weight", "rarely-drawn", message)
+            yield one.warning("weight", "rarely-drawn", message)
         elif name not in share and name in shadows:
             others = ", ".join(f"`{other}`" for other in sorted(shadows[name] - {name}))
             message = (
                 f"no prompt of {', '.join(kinds.files)} can draw `{name}`: {others} name the category of every prompt "
                 "it applies to, and go first. Name a category here too, or take some from theirs."
             )
-            yield _warning(one, "applies_to", "never-drawn", message)
-
-
-# --- lengths ------------------------------------------------------------------------------------------------------
-
-
-def _lengths(entries: Sequence[Placed], whole: Constitution, kinds: Kinds, max_tokens: int) -> Iterator[Problem]:
-    """Yield principles and tests whose requests may not fit the context, with the default number of worked turns.
-
-    A response, a critique and a revision are taken to be as long as the default of `max_new_tokens`. Where no principle
-    fits, the worked turns are at fault, and they are named once.
-    """
-    room = ReviseSection().sampling.max_new_tokens
-    written = {"critique": 2 * room, "revise": 3 * room, "compare": 2 * room}  # what a model writes, and has written
-    too_long: list[tuple[Placed, str, int]] = []
-    principles = [one for one in entries if isinstance(one.entry, Principle)]
-    for placed in entries:
-        if isinstance(placed.entry, Principle):
-            parts = _requests(whole, placed.entry)
-            tokens = {name: _tokens(turns) + kinds.longest + written[name] for name, turns in parts.items()}
-        elif isinstance(placed.entry, JudgeTest):
-            test = placed.entry
-            compare = _requests(whole, whole.principle(test.principle), test.prompt, test.better, test.worse)["compare"]
-            tokens = {"compare": _tokens(compare)}
-        else:
-            continue
-        name, most = max(tokens.items(), key=lambda item: item[1])
-        if most > max_tokens:
-            too_long.append((placed, name, most))
-    worked = {name: _tokens(turns[:-1]) for name, turns in _requests(whole, whole.principles[0]).items()}
-    advice = f"(an estimate from characters and words); --max-tokens is {max_tokens}"
-    if len(principles) > 1 and len(principles) == sum(placed in principles for placed, _, _ in too_long):
-        placed, name, most = max(too_long, key=lambda one: one[2])
-        key = "comparisons" if name == "compare" else "examples"
-        message = (
-            f"{key}: every `{name}` request is too long: up to {most} tokens, {worked[name]} of them for worked turns "
-            f"{advice}. Put shorter ones first, show fewer (`few_shot` in the recipe), or use a longer context."
-        )
-        yield placed.document.problem([key], "too-long", message, "warning")
-        too_long = [one for one in too_long if one[0] not in principles]
-    for placed, name, most in too_long:
-        message = f"its `{name}` request takes about {most} tokens, {worked[name]} of them for worked turns {advice}."
-        yield _warning(placed, "", "too-long", f"{message} Shorten its texts or the worked turns.")
-
-
-def _requests(
-    whole: Constitution, principle: Principle, prompt: str = "?", response: str = "?", other: str = "?"
-) -> dict[str, Messages]:
-    shown = ReviseSection().few_shot, LabelSection().few_shot
-    return requests_of(
-        whole,
-        principle,
-        prompt=prompt,
-        response=response,
-        critique="?",
-        other=other,
-        examples=shown[0],
-        comparisons=shown[1],
-    )
-
-
-def _tokens(turns: Messages) -> int:
-    return sum(estimated_tokens(turn["content"]) + _TURN_TOKENS for turn in turns)
+            yield one.warning("applies_to", "never-drawn", message)

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -14,7 +14,18 @@ constitution_app = typer.Typer(
 FileArgument = Annotated[
     Path, typer.Argument(metavar="FILE", help="A constitution file, or the name of a shipped one.")
 ]
-ModelOption = Annotated[str, typer.Option(help="The model: an embedded name, a folder or a Hub id.")]
+ModelOption = Annotated[
+    str | None,
+    typer.Option(help="The judge: an embedded name, a folder or a Hub id.", show_default="smollm2-135m"),
+]
+RecipeOption = Annotated[
+    Path | None,
+    typer.Option(metavar="RECIPE", help="Take models and servers from this recipe, and judge as its `label` says."),
+]
+JudgeOption = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="Who judges instead: `base`, `ray` or a name in the recipe's `engines`."),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -185,7 +196,9 @@ def import_(
 @constitution_app.command("test")
 def test(
     path: FileArgument,
-    model: ModelOption = "smollm2-135m",
+    model: ModelOption = None,
+    recipe: RecipeOption = None,
+    judge: JudgeOption = None,
     threshold: Annotated[float, typer.Option(min=0, max=1, help="Fail below this share of right verdicts.")] = 0.6,
     journal: Annotated[
         Path | None, typer.Option(help="Keep answers in this file, and ask only for what is not in it.")
@@ -196,17 +209,18 @@ def test(
     from rlaif.constitution import load
 
     load(_find(path))  # before torch is imported: mistakes are told at once
+    loaded = _judges(model, recipe, judge)
     from rlaif import judging
     from rlaif.progress import Progress
 
-    found = judging.run_tests(_find(path), model, Progress(), journal=journal)
+    found = judging.run_tests(_find(path), loaded, Progress(), journal=journal)
     tests = found["tests"]
     found = {**found, "threshold": threshold, "passed": tests["rate"] >= threshold}
     typer.echo(json.dumps(found, indent=2, ensure_ascii=False) if as_json else judging.results_as_text(found))
     if not found["passed"]:
         raise StageError(
             f"{path}: {tests['correct']} of {tests['n']} tests right ({tests['rate']:.0%}); --threshold is "
-            f"{threshold:.0%}. Try plainer `comparison` wordings, worked comparisons or a stronger --model."
+            f"{threshold:.0%}. Try plainer `comparison` wordings, worked comparisons or a stronger judge."
         )
 
 
@@ -216,7 +230,9 @@ def induce(
     output: Annotated[
         Path, typer.Option(help="Where the constitution goes; evidence and answers go beside it.")
     ] = Path("induced.yaml"),
-    model: ModelOption = "smollm2-135m",
+    model: ModelOption = None,
+    recipe: RecipeOption = None,
+    judge: JudgeOption = None,
     max_propose: Annotated[int, typer.Option(min=1, help="At most so many pairs to propose rules from.")] = 40,
     max_heldout: Annotated[int, typer.Option(min=1, help="At most so many pairs to test each rule on.")] = 60,
     max_candidates: Annotated[int, typer.Option(min=1, help="Test the rules that most pairs propose.")] = 12,
@@ -227,16 +243,17 @@ def induce(
     """Find principles that reconstruct the labels of comparisons (inverse constitutional AI)."""
     from rlaif.constitution_write import as_yaml
     from rlaif.files import write_json, write_text
-    from rlaif.human.labels import read_labels
+    from rlaif.human.labels import read_comparisons
 
     if output.exists():
         raise ConfigError(f"{output}: is there already, and may have been edited. Name another file with --output.")
-    read_labels(path)  # before torch is imported: mistakes are told at once
+    read_comparisons(path)  # before torch is imported: mistakes are told at once
+    loaded = _judges(model, recipe, judge)
     from rlaif import induce as induction
     from rlaif import judging
     from rlaif.progress import Progress
 
-    progress, recipe = Progress(), judging.recipe_for(model)
+    progress = Progress()
     options = induction.Options(
         seed=seed,
         max_propose=max_propose,
@@ -245,18 +262,48 @@ def induce(
         min_strength=min_strength,
         keep_all=keep_all,
     )
-    with judging.open_journal(output.with_suffix(".journal.db")) as journal:
-        found = induction.induce(path, recipe, judging.load_engine(recipe, progress), journal, progress, options)
+    with judging.open_run(loaded, progress, output.with_suffix(".journal.db")) as run:
+        name = run.model_of(loaded.recipe.label.judge)
+        found = induction.induce(path, name, judging.engine_of(run), run.journal, progress, options)
     evidence = output.with_suffix(".evidence.json")
     write_json(evidence, found.evidence)
     typer.echo(induction.summary(found.evidence))
     if found.constitution is None:
         raise StageError(
             f"{path}: no rule reconstructs the labels better than chance, so no constitution was written (each rule: "
-            f"{evidence}). Take a stronger --model or more comparisons; --keep-all keeps them all the same."
+            f"{evidence}). Take a stronger judge or more comparisons; --keep-all keeps them all the same."
         )
     write_text(output, as_yaml(found.constitution, notes=found.notes))
     typer.echo(f"{_count(len(found.constitution.principles), 'principle')} -> {output}; evidence -> {evidence}")
+
+
+def _judges(model: str | None, path: Path | None, judge: str | None) -> Any:
+    """Return the recipe (a `Loaded`) whose section `label` says who judges: of a model only, or from a file.
+
+    With `judge`, that engine is the only judge.
+
+    Raises:
+        ConfigError: the options do not go together, or the recipe has a fault or no such engine.
+    """
+    from rlaif.endpoints import BASE, RAY
+    from rlaif.recipe import load_recipe, only_model
+
+    if path is None:
+        if judge is not None:
+            raise ConfigError(f"--judge {judge}: names an engine of a recipe. Give the recipe with --recipe as well.")
+        return only_model(model or "smollm2-135m")
+    if model is not None:
+        raise ConfigError(f"--model {model}: the recipe {path} names the model. Give --model or --recipe, not both.")
+    loaded = load_recipe(path)
+    known = [BASE, RAY, *loaded.recipe.engines]
+    if judge is not None and judge not in known:
+        raise ConfigError(f"--judge {judge}: no engine `{judge}` in {path}; known: {', '.join(known)}.")
+    if judge is not None:
+        label = loaded.recipe.label
+        label.judge, label.judges = judge, []
+        if label.judge_method == "function":
+            label.judge_method, label.judge_function = "logprobs", None
+    return loaded
 
 
 @constitution_app.command("schema")

@@ -11,7 +11,7 @@ from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rlaif.constitution import Constitution, applying, diff, draw
+from rlaif.constitution import Constitution, applying, diff, draw, tagged
 from rlaif.errors import ConstitutionError, DataError
 from rlaif.principles import Example, JudgeTest, Principle, WorkedComparison
 from rlaif.prompting import load_template
@@ -20,6 +20,7 @@ from rlaif.records import Comparison, Prompt, read_jsonl, read_rows
 from rlaif.requests import worked_comparisons, worked_examples
 
 _KEPT_WORDS = 4  # of an unchanged stretch, at either end
+NONE_APPLIES = "no principle applies any more"
 RETRAINED = "the policy that wrote the responses is trained again"
 
 
@@ -228,26 +229,35 @@ class _Again:
 
     def _judged(self, row: Comparison, vote: dict[str, Any], where: str) -> str | None:
         """Tell why a judge would be asked again about a pair as it stands."""
-        request = "text" if vote.get("method") == "rating" else "comparison_question"
+        label, about = self.recipe.label, vote.get("about", "")
+        alone = vote.get("method") == "rating" or about in ("chosen_safe", "rejected_safe")
+        request = "text" if alone else "comparison_question"
+        new = self.new
+        if label.safety:
+            try:
+                new = tagged(self.new, label.harmless_tags if about else label.helpful_tags)
+            except ConstitutionError:
+                return NONE_APPLIES
         identifier = row.provenance["prompt_id"]
         category = self.prompts[identifier].category if identifier in self.prompts else ""
         prompt = Prompt(id=identifier, prompt="?", tag=row.tag, category=category)
-        if self.recipe.label.principles == "one":
-            reason = self._drawn(prompt, vote["principle"], 0, where, "", (request,))
+        if label.principles == "one":
+            reason = self._drawn(prompt, vote["principle"], 0, where, "", (request,), new)
         else:
             named = vote.get("principles") or [vote["principle"]]
-            together = self.recipe.label.principles == "together"
-            reason = self._all(prompt, named, where, request, together)
-        shown = self.new_comparisons and vote.get("method") == "logprobs"
+            reason = self._all(prompt, named, where, request, label.principles == "together", new)
+        shown = self.new_comparisons and vote.get("method") == "logprobs" and not alone
         return reason or ("the worked comparisons changed" if shown else None)
 
-    def _all(self, prompt: Prompt, named: Sequence[str], where: str, request: str, together: bool) -> str | None:
+    def _all(
+        self, prompt: Prompt, named: Sequence[str], where: str, request: str, together: bool, new: Constitution
+    ) -> str | None:
         """Compare the principles of a vote with those that apply now, where all that apply are asked about."""
         before = [self._known(identifier, where) for identifier in named]
         try:
-            now = {p.id: p for p in applying(self.new, prompt.tag, prompt.category)}
+            now = {p.id: p for p in applying(new, prompt.tag, prompt.category)}
         except ConstitutionError:
-            return "no principle applies any more"
+            return NONE_APPLIES
         if any(p.id not in now for p in before) or (together and list(now) != list(named)):
             return "other principles apply"
         differs = any(_said(p, request) != _said(now[p.id], request) for p in before)
@@ -258,12 +268,19 @@ class _Again:
         return reason or ("the worked examples changed" if self.new_examples else None)
 
     def _drawn(
-        self, prompt: Prompt, identifier: str, step: int, where: str, tag: str, requests: Sequence[str]
+        self,
+        prompt: Prompt,
+        identifier: str,
+        step: int,
+        where: str,
+        tag: str,
+        requests: Sequence[str],
+        new: Constitution | None = None,
     ) -> str | None:
         before = self._known(identifier, where)
         try:
             now = draw(
-                self.new,
+                new or self.new,
                 seed=self.recipe.seed,
                 prompt_id=prompt.id,
                 step=step,
@@ -271,7 +288,7 @@ class _Again:
                 category="" if tag else prompt.category,
             )
         except ConstitutionError:
-            return "no principle applies any more"
+            return NONE_APPLIES
         if now.id != identifier:
             return "another principle is drawn"
         differs = any(_said(before, request) != _said(now, request) for request in requests)

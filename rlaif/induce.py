@@ -20,12 +20,11 @@ from rlaif.constitution_import import slugged
 from rlaif.documents import file_sha256, fingerprint
 from rlaif.engines.engine import Engine, Question, ask
 from rlaif.errors import DataError
-from rlaif.human.labels import read_labels
+from rlaif.human.labels import read_comparisons
 from rlaif.journal import Journal
 from rlaif.maths import agreement
 from rlaif.progress import Progress
 from rlaif.prompting import load_template
-from rlaif.recipe import Recipe
 from rlaif.records import Comparison, Messages, text_of
 from rlaif.requests import OPTIONS
 from rlaif.stages.judge import judge
@@ -112,14 +111,12 @@ class Induced(NamedTuple):
     evidence: dict[str, Any]
 
 
-def induce(
-    path: Path, recipe: Recipe, engine: Engine, journal: Journal, progress: Progress, options: Options
-) -> Induced:
+def induce(path: Path, model: str, engine: Engine, journal: Journal, progress: Progress, options: Options) -> Induced:
     """Find principles that reconstruct the labels of a file of comparisons.
 
     Args:
-        path: comparisons of any form that `human.labels.read_labels` knows.
-        recipe: names the model.
+        path: comparisons of any form that `human.labels.read_comparisons` knows.
+        model: the name that reports give the engine.
         engine: who proposes and votes.
         journal: where answers are kept.
         progress: who is told.
@@ -128,19 +125,19 @@ def induce(
     Raises:
         DataError: the file cannot be read, or one half has no pair with a side.
     """
-    halves = split(path, read_labels(path).comparisons, options)
+    halves = split(path, read_comparisons(path).comparisons, options)
     progress.say(f"{len(halves.propose)} pairs to propose from, {len(halves.heldout)} to test on")
     proposals, unusable = propose(engine, journal, progress, halves.propose, options.seed)
     candidates = cluster(proposals)[: options.max_candidates]
     if not candidates:
         raise DataError(
             f"{path}: no rule was proposed from {len(halves.propose)} pairs; {unusable} lines were no rules. Take a "
-            "stronger --model, or more pairs."
+            "stronger judge, or more pairs."
         )
     for candidate in candidates:  # Bonferroni: with 95 % each, one of twenty would pass by luck
         candidate.confidence = 1 - (1 - agreement.CONFIDENCE) / len(candidates)
     baseline = Candidate("Which of the two answers is better?")
-    constitution = _constitution(path, recipe, halves, [baseline, *candidates])
+    constitution = _constitution(path, model, halves, [baseline, *candidates])
     who = Judge(engine, constitution, journal, progress, STAGE)
     for number, candidate in enumerate([baseline, *candidates]):
         principle = constitution.principles[number]
@@ -153,7 +150,7 @@ def induce(
     evidence = {
         "file": path.name,
         "sha256": file_sha256(path),
-        "model": recipe.model.model_name_or_path,
+        "model": model,
         "propose": len(halves.propose),
         "heldout": len(halves.heldout),
         "ties": halves.ties,
@@ -168,7 +165,7 @@ def induce(
     }
     if not kept:
         return Induced(None, {}, evidence)
-    whole = _constitution(path, recipe, halves, kept)
+    whole = _constitution(path, model, halves, kept)
     notes = {p.id: describe(one) for p, one in zip(whole.principles, kept, strict=True)}
     return Induced(whole, notes, evidence)
 
@@ -284,7 +281,7 @@ def _rank(one: Candidate) -> tuple[float, float, int]:
     return (accuracy["low"], accuracy["rate"], len(one.proposals)) if accuracy else (-1.0, 0.0, 0)
 
 
-def _constitution(path: Path, recipe: Recipe, halves: Halves, candidates: Sequence[Candidate]) -> Constitution:
+def _constitution(path: Path, model: str, halves: Halves, candidates: Sequence[Candidate]) -> Constitution:
     """Return candidates as a constitution, in their order."""
     principles: list[Principle] = []
     for one in candidates:
@@ -297,7 +294,7 @@ def _constitution(path: Path, recipe: Recipe, halves: Halves, candidates: Sequen
         name=slugged(path.stem) or "induced",
         version="1",
         description=(
-            f"Induced from {path.name} (SHA-256 {file_sha256(path)[:16]}) by {recipe.model.model_name_or_path}: "
+            f"Induced from {path.name} (SHA-256 {file_sha256(path)[:16]}) by {model}: "
             f"{len(halves.propose)} pairs to propose from, {len(halves.heldout)} to test on."
         ),
         principles=principles,

@@ -1,4 +1,4 @@
-"""A judge outside of a run: `rlaif constitution test` runs a constitution's tests, `rlaif.induce` asks for votes."""
+"""Judges outside of a run: `rlaif constitution test` runs a constitution's tests, `rlaif.induce` asks for votes."""
 
 import tempfile
 from collections.abc import Iterator
@@ -8,50 +8,54 @@ from typing import Any
 
 from rlaif.constitution import load, read
 from rlaif.engines.engine import Engine
-from rlaif.engines.local import LocalEngine
 from rlaif.errors import ConstitutionError
 from rlaif.journal import Journal
 from rlaif.maths import agreement
-from rlaif.model import builtin
-from rlaif.model.roles import BASE, SharedBase
 from rlaif.progress import Progress
-from rlaif.recipe import Recipe
-from rlaif.stages.judge import measure
-from rlaif.stages.verdicts import Judge
+from rlaif.recipe import Loaded
+from rlaif.stages.candidates import Engines
+from rlaif.stages.quality import measure_panel
+from rlaif.stages.run import Run
+from rlaif.stages.votes import panel_of
 
 STAGE = "test"
 
 
-def recipe_for(model: str) -> Recipe:
-    """Return a recipe that says nothing but which model answers."""
-    return Recipe.model_validate({"name": "judge", "model": model})
-
-
-def load_engine(recipe: Recipe, progress: Progress) -> Engine:
-    """Load the base model of a recipe as an engine."""
-    name = recipe.model.model_name_or_path
-    if name in builtin.EMBEDDED:
-        builtin.fetch(name, progress.say)
-    return LocalEngine(SharedBase.load(recipe.model), BASE, batch_size=recipe.label.batch_size)
-
-
 @contextmanager
-def open_journal(path: Path | None) -> Iterator[Journal]:
-    """Open a journal that is kept, or one that is forgotten at the end."""
-    if path is not None:
-        with Journal(path) as journal:
-            yield journal
-        return
-    with tempfile.TemporaryDirectory(prefix="rlaif-") as folder, Journal(Path(folder) / "journal.db") as journal:
-        yield journal
+def open_run(loaded: Loaded, progress: Progress, journal: Path | None) -> Iterator[Run]:
+    """Open a recipe as a run that only answers questions.
+
+    Args:
+        loaded: the recipe.
+        progress: who is told.
+        journal: where answers are kept; with None they are forgotten at the end.
+
+    Raises:
+        ConfigError: a judge of the recipe needs a key or a package that is not there.
+    """
+    with (
+        tempfile.TemporaryDirectory(prefix="rlaif-") as folder,
+        Journal(journal or Path(folder) / "journal.db") as book,
+    ):
+        run = Run(loaded, loaded.recipe.folder(), book, progress)
+        run.check_keys(["label"])
+        try:
+            yield run
+        finally:
+            run.release()
 
 
-def run_tests(path: Path, model: str, progress: Progress, *, journal: Path | None = None) -> dict[str, Any]:
-    """Run the tests of a constitution against a judge; return what came out, as JSON.
+def engine_of(run: Run) -> Engine:
+    """Return the engine that a recipe's section `label` names as its judge, which is asked to choose and to write."""
+    return Engines(run).judge(run.recipe.label.judge, chooses=True)
+
+
+def run_tests(path: Path, loaded: Loaded, progress: Progress, *, journal: Path | None = None) -> dict[str, Any]:
+    """Run the tests of a constitution against judges; return what came out, as JSON.
 
     Args:
         path: the constitution.
-        model: who judges: an embedded name, a folder or a Hub id.
+        loaded: a recipe, whose section `label` says who judges and how.
         progress: who is told.
         journal: where answers are kept, so that a second time asks only what has changed; None keeps none.
 
@@ -63,9 +67,8 @@ def run_tests(path: Path, model: str, progress: Progress, *, journal: Path | Non
         raise ConstitutionError(
             f"{path}: no tests to run. Add a `tests:` section with prompts, better and worse answers."
         )
-    recipe = recipe_for(model)
-    with open_journal(journal) as book:
-        measured = measure(Judge(load_engine(recipe, progress), constitution, book, progress, STAGE, model=model))
+    with open_run(loaded.model_copy(update={"constitution": path}), progress, journal) as run:
+        measured = measure_panel(panel_of(run, Engines(run), STAGE))
     assert measured is not None, "there are tests"
     tests = [placed for placed in read(path).entries if placed.part == "tests"]
     for row, placed in zip(measured["by_test"], tests, strict=True):
@@ -91,13 +94,15 @@ def results_as_text(found: dict[str, Any]) -> str:
     tests, same, mass = found["tests"], found["same_position"] or {"count": 0, "n": 0}, found["option_mass"]
     most = f", mostly the {found['same_position_choice']}" if found["same_position_choice"] else ""
     silent = f"; not answered: {found['abstained']}" if found["abstained"] else ""
+    way = "" if found["method"] == "logprobs" else f" ({found['method']})"
     lines = [
-        f"{found['constitution']}, judged by {found['model']}: {tests['correct']} of {tests['n']} tests right: "
+        f"{found['constitution']}, judged by {found['model']}{way}: {tests['correct']} of {tests['n']} tests right: "
         f"{_percent(tests)}",
         f"  same position in both orders: {same['count']:.0f} of {same['n']}{most}; ties: {found['ties']}{silent}",
     ]
     if mass is not None:  # None where nothing was answered
-        lines.append(f"  probability on the letters A and B: {mass['mean']:.2f} on average, {mass['min']:.2f} at least")
+        options = "letters A and B" if found["method"] == "logprobs" else "options"
+        lines.append(f"  probability on the {options}: {mass['mean']:.2f} on average, {mass['min']:.2f} at least")
     lines.append("  by principle:")
     width = max(map(len, found["by_principle"]))
     for name, rate in found["by_principle"].items():

@@ -55,7 +55,11 @@ class Principle(Entry):
         strict=True,
         description="How often this principle is drawn, relative to the others that apply; above 0.",
     )
-    tags: list[Text] = Field(default=[], description="Free labels for people; never shown to a model.")
+    tags: list[Text] = Field(
+        default=[],
+        description="Free labels, never shown to a model; a recipe with `label.safety` tells principles of helpfulness "
+        "from those of harmlessness by them.",
+    )
     applies_to: list[Text] = Field(
         default=[],
         description="Tags and categories of the prompts it may be drawn for; an empty list means every prompt. "

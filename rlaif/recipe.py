@@ -16,7 +16,9 @@ from rlaif.endpoints import BASE, RAY, Endpoint
 from rlaif.errors import ConfigError
 from rlaif.filters import REASONS
 from rlaif.overrides import Overridden, override
+from rlaif.reward_parts import OWN_STAGE, CompositeSection, find_cost_stage
 from rlaif.sections import Combination as Combination
+from rlaif.sections import EvaluateSection as EvaluateSection
 from rlaif.sections import Fraction, NonNegative, Positive, PositiveFloat, Section
 from rlaif.sections import HumanSection as HumanSection
 from rlaif.sections import LabelSection as LabelSection
@@ -108,7 +110,7 @@ class SftSection(TrainingSection):
     heldout_fraction: Fraction = Field(0.1, description="share of demonstrations kept for the held-out loss")
 
 
-class PpoSection(Section):
+class PpoSection(CompositeSection):
     """Proximal policy optimization."""
 
     sampling: WarmSamplingSection = WarmSamplingSection()
@@ -152,17 +154,9 @@ class PpoSection(Section):
                 f"rollout_batch x samples_per_prompt = {responses} must be a multiple of minibatch = {self.minibatch}, "
                 f"and that a multiple of microbatch = {self.microbatch}"
             )
+        if self.reward_function and self.rewards:
+            raise ValueError("reward_function and rewards exclude each other; make the function a part of rewards")
         return self
-
-
-class EvaluateSection(Section):
-    """Base, SFT and PPO policies on prompts never trained on."""
-
-    sampling: SamplingSection = SamplingSection()
-    prompts_per_tag: dict[str, Positive] = {}
-    judge: str = Field(BASE, description="who judges: `base`, `ray` or a name in `engines`")
-    judge_prompts_per_tag: int = Field(8, ge=0, description="prompts of each tag that the judge compares; 0: no judge")
-    batch_size: Positive = 32
 
 
 class Recipe(Section):
@@ -213,8 +207,8 @@ class Recipe(Section):
             raise ValueError(
                 f"feedback is `{self.feedback}`, but human.files is empty; name the files that hold the labels"
             )
-        if "ppo" in self.stages and "reward" not in self.stages and not self.ppo.reward_function:
-            raise ValueError("ppo needs the stage `reward` before it, or ppo.reward_function")
+        if "ppo" in self.stages:
+            self._rewards()
         if "sft" in self.stages and "revise" not in self.stages:
             raise ValueError("sft needs the stage `revise` before it")
         if "reward" in self.stages and "label" not in self.stages:
@@ -225,6 +219,19 @@ class Recipe(Section):
         if "label" in self.stages and self.feedback != "human" and self.label.method == "judge":
             self._candidates()
         return self
+
+    def _rewards(self) -> None:
+        """Refuse a reward from a stage that the recipe does not have."""
+        parts, has_reward = self.ppo.rewards, "reward" in self.stages
+        if not (parts or has_reward or self.ppo.reward_function):
+            raise ValueError("ppo needs the stage `reward` before it, or ppo.reward_function or ppo.rewards")
+        for part in parts:
+            if part.model and not has_reward:
+                raise ValueError(f"the part `{part.name}` of ppo.rewards needs the stage `reward` before it")
+            if part.cost == OWN_STAGE and not (has_reward and self.reward.cost):
+                raise ValueError(
+                    f"the part `{part.name}` of ppo.rewards needs the stage `reward` before it, with reward.cost: true"
+                )
 
     def _candidates(self) -> None:
         """Refuse pairs from a stage that the recipe does not have."""
@@ -241,7 +248,7 @@ class Recipe(Section):
     def engines_of(self, stage: str) -> dict[str, str]:
         """Return the keys of a stage's section that name who answers, with the names."""
         section = getattr(self, stage)
-        named = {key: getattr(section, key) for key in ENGINE_KEYS.get(stage, ())}
+        named = {key: getattr(section, key) for key in ENGINE_KEYS.get(stage, ()) if getattr(section, key)}
         judges = enumerate(self.label.judges) if stage == "label" else ()
         return named | {f"judges.{index}.engine": one.engine for index, one in judges if one.engine}
 
@@ -261,6 +268,13 @@ class Loaded(BaseModel):
     candidate_files: list[Path] = []
     reference: Path | None = None
     adapters: dict[str, Path] = {}
+    cost_stage: Path | None = None
+
+
+def only_model(name: str) -> Loaded:
+    """Return a recipe that says nothing but which model answers."""
+    recipe = Recipe.model_validate({"name": "judge", "model": name})
+    return Loaded(recipe=recipe, path=Path(), constitution=Path(), prompts=[], human_files=[])
 
 
 def load_recipe(path: Path, overrides: list[str] = []) -> Loaded:  # noqa: B006
@@ -289,6 +303,7 @@ def load_recipe(path: Path, overrides: list[str] = []) -> Loaded:  # noqa: B006
         candidate_files=[find("recipes", name, here) for name in recipe.label.candidate_files],
         reference=find("recipes", recipe.label.reference, here) if recipe.label.reference else None,
         adapters={name: _adapter(name, here) for name in _adapters_named(recipe.label)},
+        cost_stage=find_cost_stage(recipe.ppo.rewards, here),
     )
 
 

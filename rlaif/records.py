@@ -206,15 +206,15 @@ def text_of(turns: Messages) -> str:
     return turns[-1]["content"]
 
 
-def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def read_jsonl(path: Path, *, finite: bool = True) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield ``(line number, object)`` for each non-blank line of a JSON-lines file (or ``.gz`` of one).
 
     Raises:
         DataError: the file cannot be read, is not UTF-8, or a line (which is named) is not a JSON object,
-            holds a key twice, NaN or infinity, or text that is not Unicode.
+            holds a key twice, text that is not Unicode, or, unless `finite` is False, NaN or infinity.
     """
     for number, line in _lines(path):
-        yield number, _parse_line(line, f"{path}:{number}")
+        yield number, _parse_line(line, f"{path}:{number}", finite)
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -233,11 +233,12 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
             yield number, line
 
 
-def _parse_line(line: str, where: str) -> dict[str, Any]:
+def _parse_line(line: str, where: str, finite: bool = True) -> dict[str, Any]:
+    constant = _refuse_constant if finite else float
     try:
-        row = json.loads(line, parse_constant=_refuse_constant, object_pairs_hook=_without_duplicates)
+        row = json.loads(line, parse_constant=constant, object_pairs_hook=_without_duplicates)
         if _SUSPECT.search(line):
-            json.dumps(row, ensure_ascii=False, allow_nan=False).encode()
+            json.dumps(row, ensure_ascii=False, allow_nan=not finite).encode()
     except json.JSONDecodeError as problem:
         raise DataError(
             f"{where}: not a JSON object: {problem.msg} at column {problem.colno}. "

@@ -3,12 +3,33 @@
 Stages ask with these; `rlaif constitution show` prints them and `rlaif constitution check` estimates their length.
 """
 
+import hashlib
+import itertools
+
 from rlaif.constitution import Constitution
+from rlaif.documents import canonical_json
 from rlaif.principles import Example, Principle
 from rlaif.prompting import Template, load_template
 from rlaif.records import Message, Messages, assistant
 
 OPTIONS = ("A", "B")
+_LETTERS = "bcdfghjkmnpqrstvwxz"  # no vowels, so that a mark is no word
+
+
+def fence_of(*texts: str) -> str:
+    """Return the mark that stands around each text of a request to a judge: letters that are in none of the texts.
+
+    Whatever an answer holds, it cannot hold the mark that ends it, and so cannot imitate another answer or a question.
+    The mark is a hash of the texts in any order: one request has one mark whenever it is built, and both orders of a
+    pair have the same. It has four letters, and more where texts hold many such words.
+    """
+    written, content = [text.casefold() for text in texts], canonical_json(sorted(texts))
+    for attempt in itertools.count():
+        digest = hashlib.sha256(f"{attempt} {content}".encode()).digest()
+        mark = "".join(_LETTERS[byte % len(_LETTERS)] for byte in digest[: 4 + attempt // 8])
+        if not any(mark in text for text in written):
+            return mark
+    raise AssertionError("unreachable")
 
 
 def revision_request(template: Template, principle: Principle, *, prompt: str, response: str, critique: str) -> str:
@@ -43,7 +64,9 @@ def worked_examples(constitution: Constitution, template: Template, few_shot: in
 
 def comparison_request(template: Template, principle: Principle, *, prompt: str, first: str, second: str) -> Message:
     """Return the question which of two answers is better, in the order in which they are shown."""
-    text = template.render(prompt=prompt, first=first, second=second, question=principle.comparison_question())
+    question = principle.comparison_question()
+    fence = fence_of(prompt, first, second, question)
+    text = template.render(prompt=prompt, first=first, second=second, question=question, fence=fence)
     return {"role": "user", "content": text}
 
 

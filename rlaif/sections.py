@@ -14,7 +14,8 @@ Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-HERE_TOLERANCE, SERVER_TOLERANCE = 1e-6, 0.05
+HERE_TOLERANCE, SERVER_TOLERANCE = 0.01, 0.05
+READS_OPTIONS = ("logprobs", "rating")  # methods of judges whose probabilities of options can be read
 JudgeMethod = Literal["logprobs", "verdict", "rating", "function"]
 
 
@@ -113,6 +114,9 @@ class LabelSection(Section):
     gold_rate: Fraction = Field(0.05, description="pairs of known outcome planted, as a share of the real ones")
     attacks: int = Field(24, ge=0, description="steering attempts that the judge is tried with")
     reference: str | None = Field(None, description="a file of people's labels to compare the labels with")
+    safety: bool = Field(False, description="judge helpfulness and harmlessness apart, and each answer for safety")
+    helpful_tags: list[str] = Field(["helpful"], min_length=1, description="tags of principles for the preference")
+    harmless_tags: list[str] = Field(["harmless"], min_length=1, description="tags of principles for safety")
     batch_size: Positive = 32
 
     @model_validator(mode="after")
@@ -128,7 +132,17 @@ class LabelSection(Section):
             raise ValueError("candidates is `file`, but candidate_files is empty; name the files that hold the pairs")
         if self.candidate_files and self.candidates != "file":
             raise ValueError(f"candidate_files is read where candidates is `file`, and it is `{self.candidates}`")
+        self._safety_can_be_judged()
         return self
+
+    def _safety_can_be_judged(self) -> None:
+        if self.safety and self.method != "judge":
+            raise ValueError(f"safety is judged by the method `judge`, and the method is `{self.method}`")
+        if self.safety and not any(one.method in READS_OPTIONS for one in self.panel()):
+            raise ValueError(
+                "safety needs a judge of the method `logprobs` or `rating`: whether an answer is safe is read from the "
+                "probabilities of two options"
+            )
 
     def panel(self) -> list[JudgeSection]:
         """Return the judges: those listed, or the one that the simple keys describe."""
@@ -218,6 +232,31 @@ class RewardSection(TrainingSection):
         if self.early_stopping_patience and self.eval_steps is None:
             raise ValueError("early_stopping_patience needs eval_steps: how often to measure")
         return self
+
+
+class EvaluateSection(Section):
+    """Base, SFT and PPO policies on prompts never trained on."""
+
+    sampling: SamplingSection = SamplingSection()
+    prompts_per_tag: dict[str, Positive] = {}
+    judge: str | None = Field(None, description="who judges: `base`, `ray` or a name in `engines`; absent: as `label`")
+    judge_method: Literal["logprobs", "verdict", "rating"] = Field("logprobs", description="how `judge` is asked")
+    judge_prompts_per_tag: int = Field(8, ge=0, description="prompts of each tag that the judge compares; 0: no judge")
+    batch_size: Positive = 32
+
+    @model_validator(mode="after")
+    def _method_has_a_judge(self) -> "EvaluateSection":
+        if self.judge is None and self.judge_method != "logprobs":
+            raise ValueError(
+                "judge_method says how evaluate.judge is asked, and no judge is named; without one the judges of "
+                "`label` compare, as that section says"
+            )
+        return self
+
+    def panel(self, label: LabelSection) -> list[JudgeSection]:
+        """Return the judges: the one named here, or those of the stage `label`."""
+        own = self.judge and JudgeSection(name="judge", method=self.judge_method, engine=self.judge)
+        return [own] if own else label.panel()
 
 
 class HumanSection(Section):

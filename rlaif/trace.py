@@ -7,8 +7,7 @@ Nothing is written. Where the constitution or a prompt is not what it was, the t
 """
 
 import difflib
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,31 +25,20 @@ from rlaif.prompt_sets import line_of
 from rlaif.records import read_jsonl, text_of
 from rlaif.stages.revise import unquoted, whole_sentences
 from rlaif.stages.run import Run, path_sha256
+from rlaif.tree import Node
 
 # Where rows with an id stand, and what one is called.
 _FILES = (
     ("ppo", "samples.jsonl", "PPO sample"),
     ("evaluate", "responses.jsonl", "response of the evaluation"),
     ("label", "comparisons.jsonl", "comparison"),
+    ("label", "ratings.jsonl", "rating"),
+    ("label", "rankings.jsonl", "ranking"),
     ("label", "unused.jsonl", "pair set aside"),
     ("revise", "demonstrations.jsonl", "demonstration"),
     ("revise", "quarantine.jsonl", "demonstration set aside"),
     ("revise", "chains.jsonl", "chain"),
 )
-_SHOWN = 160  # characters of a text in the tree
-
-
-@dataclass
-class Node:
-    """A row, an answer, a principle or an adapter, with what is known of it and where it came from."""
-
-    what: str
-    id: str = ""
-    where: str = ""  # file and line, or the key in the journal
-    facts: dict[str, Any] = field(default_factory=dict)
-    text: str = ""
-    note: str = ""  # what is not as it was
-    sources: list["Node"] = field(default_factory=list)
 
 
 def trace(folder: Path, row_id: str) -> list[Node]:
@@ -108,8 +96,10 @@ class _Ancestry:
             return self._demonstration(what, row, where)
         if what == "chain":
             return self._chain(row, where, len(row["steps"]))
-        facts = {key: row[key] for key in ("reason",) if key in row}
-        return Node(what, str(row["id"]), where, facts, text=" | ".join(row.get("texts", [])))
+        facts: dict[str, Any] = {key: row[key] for key in ("reason", "rating", "ranks", "annotator") if key in row}
+        answers = row.get("responses") or [row["response"]] * ("response" in row)
+        text = " | ".join(row.get("texts") or map(text_of, answers))
+        return Node(what, str(row["id"]), where, facts, text, sources=_by_a_person(row.get("provenance", {})))
 
     # --- rows ---------------------------------------------------------------------------------------------------
 
@@ -161,8 +151,8 @@ class _Ancestry:
             node.sources.append(part)
         if prompt_id:
             node.sources.append(self._prompt(prompt_id, row["prompt"]))
-        elif "file" in origin:
-            node.sources.append(Node("label by a person", "", f"{origin['file']}:{origin.get('line', '')}", origin))
+        else:
+            node.sources += _by_a_person(origin)
         return node
 
     def _vote(self, vote: dict[str, Any], prompt_id: str, origin: dict[str, Any]) -> Node:
@@ -305,45 +295,14 @@ class _Ancestry:
         return "" if known in hashes else "the constitution has changed since this row was made"
 
 
+def _by_a_person(origin: dict[str, Any]) -> list[Node]:
+    """Return the line of the file that a person's label came from."""
+    where = f"{origin.get('file')}:{origin.get('line', '')}"
+    return [Node("label by a person", "", where, origin)] if "file" in origin else []
+
+
 def _forms(unit: Unit) -> set[str]:
     """Return the texts in which a stage may have used a stored answer."""
     stored = unit.result
     whole, _ = whole_sentences(Answer(text=stored.get("text", ""), ended=stored.get("ended", True)))
     return {stored.get("text", ""), whole, unquoted(whole)}
-
-
-def as_json(nodes: Iterable[Node]) -> list[dict[str, Any]]:
-    """Return nodes as plain data."""
-    return [asdict(node) for node in nodes]
-
-
-def as_lines(nodes: Iterable[Node], indent: str = "") -> Iterator[str]:
-    """Draw nodes as a tree, texts cut to a line; control characters are left out."""
-    for node in nodes:
-        yield from _lines(node, indent, indent)
-
-
-def _lines(node: Node, first: str, rest: str) -> Iterator[str]:
-    head = " ".join(part for part in (node.what, node.id) if part)
-    yield _printable(first + head + (f"  ({node.where})" if node.where else ""))
-    inner = rest + ("│  " if node.sources else "   ")
-    if node.facts:
-        yield _printable(inner + ", ".join(f"{key} {_short(value)}" for key, value in node.facts.items()))
-    if node.text:
-        yield _printable(f"{inner}“{_short(node.text)}”")
-    if node.note:
-        yield _printable(f"{inner}! {node.note}")
-    for index, source in enumerate(node.sources):
-        last = index == len(node.sources) - 1
-        yield from _lines(source, rest + ("└─ " if last else "├─ "), rest + ("   " if last else "│  "))
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.3g}"
-    text = " ".join(str(value).split())
-    return text if len(text) <= _SHOWN else text[: _SHOWN - 1] + "…"
-
-
-def _printable(text: str) -> str:
-    return "".join(char for char in text if char.isprintable())

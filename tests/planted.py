@@ -61,7 +61,7 @@ def vote(question: Question, bias: float = 0.8) -> Sequence[float]:
     """Prefer the answer with the mark that the rule speaks of; without one, only the position pulls."""
     text = question.messages[-1]["content"]
     first, rest = text.split("Answer A:")[1].split("Answer B:")
-    second, rule = rest.split('"\n\n', 1)
+    second, rule = rest.split("]\n\n", 1)
     logit = bias
     for word, mark in MARKS.items():
         if word in rule:

@@ -16,9 +16,10 @@ from rlaif.engines.engine import Answer, Answered, Question
 from rlaif.journal import Journal
 from rlaif.progress import Progress
 from rlaif.recipe import load_recipe
+from rlaif.stages.quality import measure_panel
 from rlaif.stages.run import Run
 from rlaif.stages.verdicts import Judge
-from rlaif.stages.votes import settings_of
+from rlaif.stages.votes import Panel, settings_of
 
 CONSTITUTION = """\
 name: small
@@ -222,6 +223,11 @@ def judge_of(run: Run, engine: ScriptedEngine, **changed: Any) -> Judge:
     settings = dataclasses.replace(settings_of(run.recipe.label, run.recipe.label.panel()[0]), **changed)
     model = run.recipe.model.model_name_or_path
     return Judge(engine, run.constitution, run.journal, run.progress, "label", settings, model)
+
+
+def measure(run: Run, engine: ScriptedEngine) -> dict[str, Any] | None:
+    """Measure the first judge of a run's recipe, with an engine of one's own, on the constitution's tests."""
+    return measure_panel(Panel([judge_of(run, engine)], together=False))
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:

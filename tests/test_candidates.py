@@ -140,7 +140,7 @@ def test_peoples_labels_are_the_measure_and_no_judge_is_shown_them(make: Maker, 
     assert (rules["longer"]["rate"], rules["shorter"]["rate"], rules["refusal_words"]["rate"]) == (1.0, 0.0, 0.5)
     shown = [json.dumps(question.messages) for question in engine.asked]
     assert not any(word in text for text in shown for word in ("chosen", "rejected", "human", "preference"))
-    first = {question.messages[-1]["content"].split('Answer A:\n"')[1][:4] for question in engine.asked
+    first = {question.messages[-1]["content"].split("Answer A:\n")[1].split('"')[1][:4] for question in engine.asked
              if question.item_id.endswith("/given") and "number" in question.messages[-1]["content"]}  # fmt: skip
     assert first == {"good", "bad "}  # the side called first says nothing
     (row, *_) = rows_of(run.folder / "3-label" / "comparisons.jsonl")

@@ -12,7 +12,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from rlaif import constitution as constitutions
-from rlaif.constitution import Constitution, Principle, diff, draw, load
+from rlaif.constitution import Constitution, Principle, applying, diff, draw, load, tagged
 from rlaif.documents import shipped
 from rlaif.errors import ConstitutionError
 
@@ -328,6 +328,34 @@ def test_the_hash_of_a_principle_covers_its_words_and_not_how_often_it_is_drawn(
     for key in ("id", "text", "critique", "revision", "comparison"):
         assert kind.model_copy(update={key: "new"}).hash != kind.hash
     assert kind.model_copy(update={"critique": kind.critique_request()}).hash == kind.hash
+
+
+# ---- parts
+
+
+def test_a_part_holds_the_principles_of_its_tags_in_their_order():
+    constitution = load(shipped("constitutions") / "harmless.yaml")
+    harmless, helpful = tagged(constitution, ["harmless"]), tagged(constitution, ["helpful", "other"])
+    assert [p.id for p in helpful.principles] == ["calm-tone", "refuse-with-reason", "no-needless-refusal"]
+    known = [p.id for p in constitution.principles]
+    assert (
+        sorted([*harmless.principles, *helpful.principles], key=lambda p: known.index(p.id)) == constitution.principles
+    )
+    assert [p.id for p in tagged(load(shipped("constitutions") / "helpful-honest.yaml"), ["harmless"]).principles] == [
+        "stay-safe"
+    ]
+
+
+def test_a_part_without_principles_is_an_error_that_names_the_tags():
+    with pytest.raises(
+        ConstitutionError, match=r"no principle is tagged `kind` or `odd`; its tags: harmless, helpful\."
+    ):
+        tagged(load(shipped("constitutions") / "harmless.yaml"), ["kind", "odd"])
+    with pytest.raises(ConstitutionError, match=r"harmless \(tagged `helpful`\): no principle applies to .* `theft`"):
+        applying(
+            tagged(load(shipped("constitutions") / "harmless.yaml"), ["helpful"]).model_copy(update={"principles": []}),
+            "theft",
+        )
 
 
 # ---- the draw

@@ -44,6 +44,56 @@ def test_a_shipped_constitution_has_no_problem_with_the_shipped_prompts(name: st
 # ---- errors
 
 
+def test_an_entry_with_a_fault_is_compared_by_the_fields_that_can_be_read(write):
+    path = write(
+        "principles:\n  - {id: kind, titel: t, text: The answer is kind.}\n"
+        "  - {id: kind, title: t, text: Keep the secret., weight: -1, applies_to: [nowhere]}\n"
+        "  - {id: Warm, title: t, text: The answer is kind.}\n"
+        "examples:\n  - {id: one, principle: kind, prompt: P, response: R, critique: C, revision: V}\n"
+        "  - {id: one, principle: kind, prompt: P, response: R}\n"
+        "comparisons:\n  - {prompt: Q, first: A, second: B, better: third}\n"
+        "tests:\n  - {prompt: P, better: R, worse: V, principle: kind, note: n}\n"
+        "  - {prompt: Q, better: S, worse: S}\n  - just words\n"
+    )
+    assert found(path) == [
+        (5, 5, "error", "missing-key"),
+        (5, 16, "error", "unknown-key"),
+        (6, 6, "error", "repeated-id"),
+        (6, 50, "error", "wrong-value"),
+        (6, 62, "warning", "never-drawn"),
+        (7, 5, "warning", "near-duplicate"),
+        (7, 6, "error", "wrong-value"),
+        (10, 5, "error", "missing-key"),
+        (10, 5, "error", "missing-key"),
+        (10, 6, "error", "repeated-id"),
+        (12, 38, "error", "wrong-value"),
+        (14, 5, "warning", "contradiction"),
+        (14, 55, "error", "unknown-key"),
+        (15, 28, "error", "wrong-value"),
+        (16, 5, "error", "wrong-value"),
+    ]
+    named = [said for said in messages(path) if "nearly the same" in said]
+    assert named == [
+        "principles.2: `principles.2` says nearly the same as `kind` in line 5 (100% of their three-word sequences), "
+        "so its subject is drawn twice as often. Merge or distinguish them."
+    ]
+
+
+def test_draws_and_lengths_are_told_beside_errors_that_do_not_change_them(write):
+    rare = "  - {id: rare, title: t, text: Seldom., weight: 0.0001}\n"
+    longest = "x " * 700
+    path = write(
+        "principles:\n" + KIND + rare + f"tests:\n  - {{prompt: {longest}, better: A, worse: B, note: n}}\n"
+        "  - {prompt: P, worse: B}\nextra: 1\n"
+    )
+    codes = [code for *_, code in found(path, max_tokens=700)]
+    assert sorted(codes) == ["missing-key", "rarely-drawn", "too-long", "unknown-key", "unknown-key"]
+    unread = write(
+        "principles:\n" + KIND + rare + "  - {id: third, title: t, text: Text., weight: high}\n", "unread.yaml"
+    )
+    assert [code for *_, code in found(unread)] == ["wrong-value"], "the shares of the draws are not known"
+
+
 def test_errors_inside_an_entry_hide_neither_errors_between_entries_nor_warnings(write):
     path = write(
         "principles:\n" + KIND + "  - {id: mild, titel: t, text: Mild.}\n"

@@ -1,16 +1,23 @@
 """The commands of `rlaif constitution`: what each prints, and the one message that each mistake gets."""
 
 import json
+import math
 import sys
 from pathlib import Path
+from typing import Any
 
 import planted
 import pytest
+from hostile_server import Asked, HostileServer, Reply, choice, text
 from scripted import CONSTITUTION, ScriptedEngine, make_run, prefers, usual
 
 from rlaif import cli
+from rlaif.constitution import load
+from rlaif.engines.engine import Question
 from rlaif.pipeline import _write_recipe
+from rlaif.requests import fence_of
 from rlaif.stages.revise import revise
+from rlaif.stages.run import Run
 
 SMALL = """\
 name: small
@@ -105,7 +112,7 @@ def test_without_a_prompt_show_prints_the_wordings(rlaif, small):
     assert out.splitlines()[-2] == "  weight 1; for prompts tagged anything"
 
 
-def test_with_a_prompt_show_prints_three_requests_with_their_worked_turns(rlaif, small):
+def test_with_a_prompt_show_prints_three_requests_with_their_worked_turns(rlaif, small, tmp_path):
     code, out, _ = rlaif(
         "show", small, "--principle", "kind", "--prompt", "Why?", "--response", "So.", "--other", "No."
     )
@@ -122,7 +129,8 @@ def test_with_a_prompt_show_prints_three_requests_with_their_worked_turns(rlaif,
     ]
     assert '"Why?"\n\nThe assistant answered:\n"So."\n\nIs it kind?\n' in out
     assert "A reviewer said: [the critique]" in out
-    assert 'Answer A:\n"So."\n\nAnswer B:\n"No."' in out
+    mark = fence_of("Why?", "So.", "No.", load(tmp_path / small).principle("kind").comparison_question())
+    assert f'Answer A:\n[{mark}] "So." [{mark}]\n\nAnswer B:\n[{mark}] "No." [{mark}]' in out
     assert rlaif("show", small, "--prompt", "Why?", "--few-shot", 0)[1].count("--- user ---") == 6
 
 
@@ -225,7 +233,7 @@ def test_import_overwrites_nothing(rlaif, tmp_path):
 @pytest.fixture
 def judged(monkeypatch, no_sync):
     """Let a scripted engine answer in the place of a model."""
-    return lambda engine: monkeypatch.setattr("rlaif.judging.load_engine", lambda recipe, progress: engine)
+    return lambda engine: monkeypatch.setattr(Run, "engine", lambda run, name, load, **settings: engine)
 
 
 def test_tests_that_pass_exit_with_0_and_below_the_threshold_with_2_and_the_reason(rlaif, judged, tmp_path):
@@ -255,6 +263,60 @@ def test_a_mistake_in_the_file_is_told_before_a_model_is_loaded(rlaif, small):
     small.write_text(SMALL.replace("principle: kind", "principle: none"))
     code, _, err = rlaif("test", small)
     assert (code, err.startswith("rlaif: small.yaml:8:15: examples.0.principle: no principle `none`")) == (2, True)
+
+
+def served(tmp_path: Path, url: str, **label: Any) -> Path:
+    recipe = {"name": "served", "model": "tiny", "engines": {"big": {"model": "large", "urls": [url]}}, "label": label}
+    (tmp_path / "served.yaml").write_text(json.dumps(recipe))
+    return Path("served.yaml")
+
+
+def test_a_judge_of_a_recipe_is_named_and_takes_the_place_of_those_of_its_label_section(rlaif, judged, tmp_path):
+    (tmp_path / "small.yaml").write_text(CONSTITUTION)
+    judges = [{"name": "brief", "method": "function", "function": "brief"}]
+    judged(ScriptedEngine(choose=prefers("good", 1.0)))
+    with HostileServer(lambda asked: choice({"A": 0.5, "B": 0.4})) as server:
+        recipe = served(tmp_path, server.url, judges=judges)
+        assert rlaif("test", "small.yaml", "--recipe", recipe, "--threshold", 0)[1].startswith(
+            "small 2, judged by brief (function): "
+        )
+        code, out, _ = rlaif("test", "small.yaml", "--recipe", recipe, "--judge", "base")
+        assert (code, out.startswith("small 2, judged by tiny: 4 of 4 tests right")) == (0, True)
+    alone = served(tmp_path, "http://127.0.0.1:9/v1", judge_method="function", judge_function="brief")
+    assert rlaif("test", "small.yaml", "--recipe", alone, "--judge", "base")[0] == 0
+
+
+@pytest.mark.parametrize("command", [("test", "small.yaml"), ("induce", "labels.jsonl")])
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--judge", "big"), "--judge big: names an engine of a recipe. Give the recipe with --recipe as well."),
+        (("--recipe", "served.yaml", "--judge", "bug"), "no engine `bug` in served.yaml; known: base, ray, big."),
+        (("--recipe", "served.yaml", "--model", "m"), "--model m: the recipe served.yaml names the model. Give --mod"),
+        (("--recipe", "lost.yaml"), "lost.yaml: no such file."),
+    ],
+)
+def test_a_judge_that_cannot_be_is_told_before_a_model_is_loaded(rlaif, small, tmp_path, command, options, said):
+    planted.write_rows(tmp_path / "labels.jsonl", 8)
+    served(tmp_path, "http://127.0.0.1:9/v1")
+    code, _, err = rlaif(*command, *options)
+    assert (code, said in err) == (2, True), err
+
+
+def test_a_server_proposes_and_votes(rlaif, no_sync, tmp_path):
+    def plays(asked: Asked) -> Reply:
+        question = Question("asked", asked.body["messages"])
+        if not asked.body.get("logprobs"):
+            return text(planted.propose(question))
+        return choice(dict(zip("AB", map(math.exp, planted.vote(question)), strict=True)))
+
+    planted.write_rows(tmp_path / "labels.jsonl", 80)
+    with HostileServer(plays) as server:
+        code, out, err = rlaif("induce", "labels.jsonl", "--recipe", served(tmp_path, server.url), "--judge", "big")
+        assert {asked.body["model"] for asked in server.asked} == {"large"}
+    assert code == 0, err
+    assert out.splitlines()[-1] == "2 principles -> induced.yaml; evidence -> induced.evidence.json"
+    assert json.loads(Path("induced.evidence.json").read_text())["model"] == "large"
 
 
 def test_induce_writes_a_constitution_its_evidence_and_what_was_answered(rlaif, judged, tmp_path):

@@ -147,7 +147,9 @@ def test_the_table_of_ppo_defaults_has_the_defaults_of_the_code() -> None:
     defaults = dict(keys_of(PpoSection, PpoSection()))
     documented = {ticked(cells[0])[0]: cells[1] for cells in rows(PAGES["ppo.md"], "## Defaults")[1:]}
     assert documented == {key: written(defaults[key]) for key in documented}
-    own_affair = {"prompts_per_tag", "reward_function", "save_every_updates", "sample_every_updates"}
+    own_affair = {"prompts_per_tag", "reward_function", "save_every_updates", "sample_every_updates", "combine"}
+    own_affair |= {"gate_safety", "gate_helpfulness", "gate_tags"}
+    own_affair |= {key for key in defaults if key.startswith("rewards")}
     assert documented.keys() == defaults.keys() - own_affair
 
 
@@ -172,12 +174,12 @@ def test_every_yaml_example_is_a_valid_recipe_or_constitution(tmp_path: Path) ->
 def problem_codes() -> set[str]:
     """Return the codes of problems that the code of constitutions gives."""
     found: set[str] = set()
-    for name in ("documents", "constitution", "constitution_check"):
+    for name in ("documents", "constitution", "constitution_check", "constitution_length"):
         for node in ast.walk(ast.parse((ROOT / "rlaif" / f"{name}.py").read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call):
                 called = getattr(node.func, "attr", getattr(node.func, "id", ""))
                 texts = [one.value for one in node.args if isinstance(one, ast.Constant) and isinstance(one.value, str)]
-                if called in ("Problem", "problem", "_warning", "get"):
+                if called in ("Problem", "problem", "warning", "get"):
                     found |= {
                         text
                         for text in texts
@@ -201,7 +203,8 @@ def metric_keys() -> set[str]:
     texts = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
     whole = {text for text in texts if METRIC.fullmatch(text)}
     assert "/gradient_norm" in texts or {"policy/gradient_norm", "value/gradient_norm"} <= whole
-    return whole | {"policy/gradient_norm", "value/gradient_norm"}
+    of_parts = {"rollout/score/NAME", "rollout/score_std/NAME"}  # stages/composite.py puts them together
+    return whole | {"policy/gradient_norm", "value/gradient_norm"} | of_parts
 
 
 def test_every_metric_of_ppo_is_explained_and_no_other() -> None:

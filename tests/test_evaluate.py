@@ -172,6 +172,33 @@ def test_the_judge_compares_so_many_prompts_of_each_tag(make: Maker) -> None:
     assert len(engine.asked) == 18
 
 
+def test_the_judges_of_label_compare_as_that_section_says(make: Maker) -> None:
+    judges = [
+        {"name": "thinks", "method": "verdict", "weight": 3},
+        {"name": "short", "method": "function", "function": "brief"},
+    ]
+    engine = ScriptedEngine(lambda question: "Hm. Verdict: tie" if "same" in question.messages[-1]["content"] else "A?")
+    run = make(engine, label={"judges": judges, "principles": "all"})
+    policies = {"base": answers("some words the same", "more words"), "sft": answers("the same", "words")}
+    (found,) = win_rates(run, ScriptedBase(), policies)
+    assert engine.ids("weigh-given") == [
+        f"{HARM}{n}/sft-base@{principle}~thinks/weigh-given" for n in (0, 1) for principle in ("safe", "lawful")
+    ]
+    # The verdicts are ties or cannot be read, so the function decides: the shorter answer is the better one.
+    assert (found["n"], found["wins"], found["failed"]) == (2, 2, 0)
+    assert found["same_position"]["n"] == 6
+
+
+def test_a_judge_of_its_own_takes_the_place_of_those_of_label(make: Maker) -> None:
+    label = {"judge_method": "function", "judge_function": "brief"}
+    engine = ScriptedEngine(lambda question: f"Verdict: {'A' if 'x' in question.messages[-1]['content'][:80] else 'B'}")
+    run = make(engine, label=label, evaluate={"judge": "base", "judge_method": "verdict"})
+    (found,) = win_rates(run, ScriptedBase(), {"base": answers("y"), "sft": answers("x x x x")})
+    assert (found["wins"], len(engine.ids("weigh-swapped"))) == (1, 1)
+    (found,) = win_rates(make(engine, label=label), ScriptedBase(), {"base": answers("y"), "sft": answers("x x x x")})
+    assert (found["losses"], len(engine.asked)) == (1, 2)
+
+
 # --- samples --------------------------------------------------------------------------------------------------------
 
 
@@ -306,6 +333,11 @@ def test_prompt_sets_without_eval_prompts_stop(make: Maker) -> None:
         ({"evaluate": {"batch_size": 2}}, ["recipe.evaluate"]),
         ({"label": {"few_shot": 1}}, ["judge"]),
         ({"label": {"min_strength": 1}}, []),
+        ({"label": {"verdict_clamp": 0.7}}, ["judge"]),
+        ({"label": {"principles": "all"}}, ["judge"]),
+        ({"label": {"judge": "big"}, "engines": {"big": {"model": "m", "urls": ["http://a/v1"]}}}, ["engines"]),
+        ({"evaluate": {"judge": "base"}}, []),
+        ({"evaluate": {"judge": "base", "judge_method": "rating"}}, ["judge", "recipe.evaluate"]),
         ({"prompts": PROMPTS[1:]}, []),
         ({"prompts": [*PROMPTS, {"id": "e9", "prompt": "New?", "split": "eval"}]}, ["prompts"]),
         ({"constitution": CONSTITUTION.replace("first: F1", "first: F9")}, ["constitution"]),

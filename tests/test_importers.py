@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlaif.errors import ConfigError, DataError
-from rlaif.human.importers import REASONS, Imported, import_file
+from rlaif.human.importers import FORMATS, Imported, import_file
 from rlaif.records import Comparison, jsonl, read_rows
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -38,173 +38,6 @@ def reasons(imported: Imported) -> list[str]:
     return [row["reason"] for row in imported.unused]
 
 
-def test_a_transcript_of_several_turns_becomes_a_comparison_of_the_last(tmp_path: Path) -> None:
-    before = "\n\nHuman: Say: hello\n\nAssistant: hello\n\nHuman: And: now?"
-    row = {"chosen": f"{before}\n\nAssistant: one: two", "rejected": f"{before}\n\nAssistant: three"}
-    imported = load(tmp_path, row, tag="ordinary", annotator="ann")
-    assert (imported.format, imported.unused) == ("hh-rlhf", [])
-    (comparison,) = imported.comparisons
-    assert comparison.prompt == [user("Say: hello"), assistant("hello"), user("And: now?")]
-    assert comparison.chosen == [assistant("one: two")]
-    assert comparison.rejected == [assistant("three")]
-    assert (comparison.preference, comparison.margin, comparison.source) == (1.0, None, "human")
-    assert (comparison.tag, comparison.annotator, comparison.flags) == ("ordinary", "ann", [])
-    assert comparison.provenance["file"] == "labels.jsonl"
-    assert comparison.provenance["line"] == 1
-    assert comparison.provenance["format"] == "hh-rlhf"
-    assert len(comparison.provenance["sha256"]) == 64
-
-
-@pytest.mark.parametrize(
-    "row",
-    [
-        TRL,
-        {"prompt": [user("hello")], "chosen": [assistant("good day")], "rejected": [assistant("go away")]},
-        {"prompt": [user("hello")], "chosen": "good day", "rejected": "go away"},
-        {
-            "prompt": "hello",
-            "chosen": [user("hello"), assistant("good day")],
-            "rejected": [assistant("go away")],
-        },
-        {"chosen": [user("hello"), assistant("good day")], "rejected": [user("hello"), assistant("go away")]},
-        {"prompt": "\n\nHuman: hello\n\nAssistant:", "chosen": " good day", "rejected": " go away"},
-        {"prompt": "hello", "chosen": assistant("good day"), "rejected": assistant("go away")},
-        {"prompt": "hello", "chosen": [{**assistant("good day"), "name": None}], "rejected": "go away"},
-    ],
-)
-def test_every_trl_form_of_a_row_gives_the_same_comparison(tmp_path: Path, row: dict[str, Any]) -> None:
-    imported = load(tmp_path, row)
-    assert (imported.format, imported.unused) == ("trl", [])
-    (comparison,) = imported.comparisons
-    assert comparison.prompt == [user("hello")]
-    assert comparison.chosen == [assistant("good day")]
-    assert comparison.rejected == [assistant("go away")]
-
-
-def test_the_same_preference_has_the_same_id_in_either_format(tmp_path: Path) -> None:
-    assert load(tmp_path, HH).comparisons[0].id == load(tmp_path, TRL).comparisons[0].id
-
-
-@pytest.mark.parametrize(
-    ("chosen", "rejected", "expected"),
-    [
-        ("The sky is blue.", "The sky is green.", ("The sky is", "blue.", "green.")),
-        ("The sky is blue.", "The sky is bluish.", ("The sky is", "blue.", "bluish.")),
-        ("The sky is", "The sky is blue.", ("The sky", "is", "is blue.")),
-        ("The sky\nis blue ", "The sky\nis green", ("The sky\nis", "blue", "green")),
-    ],
-)
-def test_a_prompt_is_what_two_texts_begin_with_up_to_a_whole_word(
-    tmp_path: Path, chosen: str, rejected: str, expected: tuple[str, str, str]
-) -> None:
-    (comparison,) = load(tmp_path, {"chosen": chosen, "rejected": rejected}).comparisons
-    texts = (comparison.prompt[0], comparison.chosen[0], comparison.rejected[0])
-    assert tuple(turn["content"] for turn in texts) == expected
-    assert comparison.flags == ["prompt from the shared beginning"]
-
-
-def test_a_system_turn_may_stand_before_the_first_question(tmp_path: Path) -> None:
-    system = {"role": "system", "content": "Be brief."}
-    row = {"prompt": [system, user("hello")], "chosen": "good day", "rejected": "go away"}
-    assert load(tmp_path, row).comparisons[0].prompt == [system, user("hello")]
-
-
-def transcript(*turns: str) -> str:
-    return "".join(f"\n\n{turn}" for turn in turns)
-
-
-@pytest.mark.parametrize(
-    ("chosen", "rejected", "reason"),
-    [
-        (HH["chosen"], transcript("Human: goodbye", "Assistant: go away"), "contexts differ"),
-        (transcript("Human: hello", "Assistant: "), HH["rejected"], "empty chosen"),
-        (HH["chosen"], transcript("Human: hello", "Assistant:\n "), "empty rejected"),
-        (None, HH["rejected"], "empty chosen"),
-        (HH["chosen"], "", "empty rejected"),
-        (HH["chosen"], HH["chosen"] + "  ", "identical answers"),
-        (transcript("Human: hello"), transcript("Human: hello"), "no assistant turn"),
-        (HH["chosen"], "go away", "no assistant turn"),
-        (HH["chosen"] + transcript("Human: why?"), HH["rejected"], "last turn is not the assistant's"),
-        (transcript("Assistant: a"), transcript("Assistant: b"), "odd roles"),
-        (
-            transcript("Human: a", "Human: b", "Assistant: c"),
-            transcript("Human: a", "Human: b", "Assistant: d"),
-            "odd roles",
-        ),
-        ("Chat:" + HH["chosen"], HH["rejected"], "text before the first turn"),
-        (transcript("Human:", "Assistant: a"), transcript("Human:", "Assistant: b"), "empty turn"),
-        (7, HH["rejected"], "not a text or a conversation"),
-    ],
-)
-def test_a_transcript_that_cannot_be_used_is_kept_aside_with_its_reason(
-    tmp_path: Path, chosen: Any, rejected: Any, reason: str
-) -> None:
-    imported = load(tmp_path, HH, {"chosen": chosen, "rejected": rejected}, format="hh-rlhf")
-    assert len(imported.comparisons) == 1
-    assert reasons(imported) == [reason]
-    assert reason in REASONS
-    assert imported.unused[0]["line"] == 2
-
-
-@pytest.mark.parametrize(
-    ("row", "reason"),
-    [
-        ({"chosen": [user("a"), assistant("b")], "rejected": [user("c"), assistant("d")]}, "contexts differ"),
-        (
-            {"chosen": [user("a"), assistant("b")], "rejected": [user("a"), assistant("b")]},
-            "identical answers",
-        ),
-        ({"chosen": "same words", "rejected": "same words "}, "identical answers"),
-        ({"chosen": "nothing shared", "rejected": "at all"}, "contexts differ"),
-        ({"chosen": "word", "rejected": "words"}, "contexts differ"),
-        ({"chosen": [], "rejected": [user("a"), assistant("b")]}, "empty chosen"),
-        ({"chosen": [user("a"), assistant("b")], "rejected": [user("a")]}, "no assistant turn"),
-        ({"prompt": "a", "chosen": [user("b")], "rejected": "c"}, "no assistant turn"),
-        ({"prompt": "", "chosen": "b", "rejected": "c"}, "empty turn"),
-        ({"prompt": [], "chosen": "b", "rejected": "c"}, "odd roles"),
-        ({"prompt": [assistant("a")], "chosen": "b", "rejected": "c"}, "odd roles"),
-        ({"prompt": [{"role": "tool", "content": "a"}], "chosen": "b", "rejected": "c"}, "odd roles"),
-        ({"prompt": [{"role": "user"}], "chosen": "b", "rejected": "c"}, "not a text or a conversation"),
-        (
-            {"prompt": [user("a")], "chosen": [{**assistant("b"), "x": 1}], "rejected": "c"},
-            "not a text or a conversation",
-        ),
-        ({"prompt": 3, "chosen": "b", "rejected": "c"}, "not a text or a conversation"),
-        ({"chosen": "b c", "rejected": [user("a"), assistant("b")]}, "not a text or a conversation"),
-        ({**TRL, "preference": 1.5}, "preference outside [0, 1]"),
-        ({**TRL, "preference": -0.1}, "preference outside [0, 1]"),
-        ({**TRL, "preference": "yes"}, "preference outside [0, 1]"),
-        ({**TRL, "preference": True}, "preference outside [0, 1]"),
-        ({**TRL, "margin": "2"}, "margin not finite"),
-        ({**TRL, "margin": 10**400}, "margin not finite"),
-        ({**TRL, "tag": ["a"]}, "a name that is not text"),
-        ({**TRL, "id": 1.5}, "a name that is not text"),
-    ],
-)
-def test_a_trl_row_that_cannot_be_used_is_kept_aside_with_its_reason(
-    tmp_path: Path, row: dict[str, Any], reason: str
-) -> None:
-    imported = load(tmp_path, row, format="trl")
-    assert imported.comparisons == []
-    assert reasons(imported) == [reason]
-    assert reason in REASONS
-    jsonl(imported.unused).encode()
-
-
-def test_a_preference_below_one_half_swaps_the_sides_and_the_sign_of_the_margin(tmp_path: Path) -> None:
-    (comparison,) = load(tmp_path, {**TRL, "preference": 0.25, "margin": 2}).comparisons
-    assert comparison.chosen == [assistant("go away")]
-    assert comparison.rejected == [assistant("good day")]
-    assert (comparison.preference, comparison.margin) == (0.75, -2.0)
-    assert comparison.flags == ["sides swapped"]
-
-
-def test_a_tie_is_kept_as_it_stands(tmp_path: Path) -> None:
-    (comparison,) = load(tmp_path, {**TRL, "preference": 0.5, "margin": 0.5}).comparisons
-    assert comparison.chosen == [assistant("good day")]
-    assert (comparison.preference, comparison.margin, comparison.flags) == (0.5, 0.5, [])
-
-
 def test_a_row_may_name_its_tag_annotator_and_id(tmp_path: Path) -> None:
     named = {**TRL, "tag": "harmful", "annotator": 7, "id": "row-1", "preference": None, "margin": None}
     imported = load(tmp_path, named, {**TRL, "tag": None, "annotator": " ", "id": None}, tag="ordinary")
@@ -224,6 +57,58 @@ def test_a_row_that_stood_before_is_a_duplicate_but_a_second_opinion_is_not(tmp_
         (5, "duplicate of line 1"),
     ]
     assert imported.unused[1]["row"] == mirrored
+
+
+def test_annotators_of_one_pair_stay_rows_of_their_own(tmp_path: Path) -> None:
+    turned = {**TRL, "chosen": TRL["rejected"], "rejected": TRL["chosen"]}
+    rows = [{**TRL, "annotator": "a"}, {**turned, "annotator": "b"}, {**TRL, "annotator": "c"}]
+    for same in (rows, [{**row, "id": "pair-1"} for row in rows]):
+        imported = load(tmp_path, *same)
+        assert [row.annotator for row in imported.comparisons] == ["a", "b", "c"]
+        assert len({row.id for row in imported.comparisons}) == 3 and imported.contradictory == {}
+    assert [row.id for row in imported.comparisons] == ["pair-1", "pair-1@b", "pair-1@c"]
+
+
+def test_a_row_that_says_the_opposite_is_kept_and_reported(tmp_path: Path) -> None:
+    opposite = {"prompt": "hello", "chosen": "go away", "rejected": "good day"}
+    imported = load(tmp_path, TRL, opposite, {**opposite, "annotator": "bo"})
+    first, second, third = imported.comparisons
+    assert imported.contradictory == {first.id: second.id, second.id: first.id}
+    assert [row.flags for row in (first, second, third)] == [["contradictory"], ["contradictory"], []]
+
+
+@pytest.mark.parametrize("name", ["labels.jsonl", "labels.json"])
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])
+@pytest.mark.parametrize(
+    ("column", "reason"),
+    [
+        ("margin", "margin not finite"),
+        ("preference", "preference outside [0, 1]"),
+        ("safer", "safer outside [0, 1]"),
+        ("weight", "weight not a finite number of at least 0"),
+        ("chosen", "not a text or a conversation"),
+        ("tag", "a name that is not text"),
+    ],
+)
+def test_a_number_that_is_none_costs_its_row_only(
+    tmp_path: Path, name: str, number: str, column: str, reason: str
+) -> None:
+    broken = json.dumps({**TRL, column: 77}).replace("77", number)
+    lines = [json.dumps(TRL), broken]
+    path = tmp_path / name
+    path.write_text("\n".join(lines) if name.endswith("l") else f"[{', '.join(lines)}]", encoding="utf-8")
+    imported = import_file(path)
+    assert len(imported.comparisons) == 1 and reasons(imported) == [reason]
+    kept = json.loads(jsonl(imported.unused))
+    assert kept["row"][column] in ("nan", "inf", "-inf")
+
+
+def test_each_format_is_told_by_its_columns(tmp_path: Path) -> None:
+    for name, form in FORMATS.items():
+        if name != "hh-rlhf":  # told from `trl` by what stands in the columns
+            columns = form.columns | form.optional | {"weight", "tag"}
+            imported = load(tmp_path, dict.fromkeys(columns))
+            assert (imported.format, imported.kind, len(imported.unused)) == (name, form.kind, 1)
 
 
 def test_an_id_stands_for_one_row_only(tmp_path: Path) -> None:
@@ -278,13 +163,15 @@ def test_a_gzip_file_is_read_whichever_form_it_holds(tmp_path: Path) -> None:
         ("", "no rows"),
         ("[]", "no rows"),
         ("[1, 2]", "objects are expected"),
-        ('[{"chosen": "a",\n"rejected": "b",\n"margin": NaN}]', r"labels\.jsonl:1: .*Finite numbers"),
-        ('{"chosen": "a", "rejected": "b", "margin": NaN}', r"labels\.jsonl:1: NaN is not JSON"),
-        ('[\n{"chosen": "\\ud800"}]', r"labels\.jsonl:2: .*Unicode"),
+        ('[\n{"chosen": "\\ud800"}]', r"labels\.jsonl:2: half of a"),
+        ('{"chosen": "\\ud800"}', r"labels\.jsonl:1: half of a"),
         ("[" * 100_000, "not a JSON list"),
         ('[{"chosen": "a",\n "rejected": b}]', r"labels\.jsonl:2: not a JSON list"),
         (json.dumps(TRL) + "\nchosen,rejected\n", r"labels\.jsonl:2: not a JSON object"),
-        ('{"input": "a", "output_1": "b"}', "lacks chosen, rejected and has the unknown input, output_1"),
+        ('{"input": "a", "output_1": "b"}', r"`llmbar`, the nearest .* lacks label, output_2\. Seen: input, output_1"),
+        ('{"text": "a"}', r"lacks chosen, rejected and has the unknown text\. Seen: text\."),
+        ('{"prompt": "a", "completion": "b"}', r"`unpaired`, the nearest format, the file lacks label\."),
+        ('{"prompt": "a", "response": "b", "rating": 1, "margin": 2}', "`ratings`.* has the unknown margin"),
         ('{"prompt": "a", "chosen": "b"}', r"lacks rejected\. Seen: chosen, prompt\."),
         (json.dumps({**TRL, "preferance": 1}), "has the unknown preferance"),
     ],
@@ -309,7 +196,7 @@ def test_a_damaged_gzip_file_is_refused(tmp_path: Path, content: bytes) -> None:
 
 
 def test_options_out_of_range_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="`csv` is not known. Expected one of: hh-rlhf, trl"):
+    with pytest.raises(ConfigError, match="`csv` is not known. Expected one of: hh-rlhf, trl, pku-saferlhf"):
         load(tmp_path, TRL, format="csv")
     with pytest.raises(ConfigError, match="eval_fraction: 1.5"):
         load(tmp_path, TRL, eval_fraction=1.5)
@@ -362,13 +249,16 @@ SIDE = (
     )
     | st.integers()
 )
-FINITE = st.floats(allow_nan=False, allow_infinity=False)
+NUMBER = st.floats()  # NaN and infinity among them
 ANY_ROW = st.fixed_dictionaries(
     {"chosen": SIDE, "rejected": SIDE},
     optional={
         "prompt": SIDE,
-        "preference": st.none() | FINITE | st.text(max_size=3),
-        "margin": st.none() | FINITE | st.integers(),
+        "preference": st.none() | NUMBER | st.text(max_size=3),
+        "margin": st.none() | NUMBER | st.integers(),
+        "weight": st.none() | NUMBER,
+        "safer": st.none() | NUMBER,
+        "chosen_safe": st.none() | st.booleans() | NUMBER,
         "tag": st.none() | st.text(max_size=3),
         "id": st.none() | st.integers(0, 3) | st.text(max_size=3),
     },
@@ -383,8 +273,7 @@ def test_every_row_is_kept_or_kept_aside(tmp_path_factory: pytest.TempPathFactor
     lines += [row["line"] for row in imported.unused]
     assert sorted(lines) == list(range(1, len(rows) + 1))
     assert len({comparison.id for comparison in imported.comparisons}) == len(imported.comparisons)
-    known = (*REASONS, "duplicate of line", "id used in line")
-    assert all(row["reason"].startswith(known) for row in imported.unused)
+    assert all(row["reason"] and row["row"] for row in imported.unused)
     (jsonl(imported.comparisons) + jsonl(imported.unused)).encode()
 
 
@@ -420,7 +309,34 @@ def test_the_trl_preference_files_are_imported_whole(name: str, prompt: str) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["standard_prompt_only", "standard_unpaired_preference", "standard_language_modeling"])
-def test_a_trl_file_without_pairs_is_refused(name: str) -> None:
-    with pytest.raises(DataError, match="lacks chosen, rejected"):
-        import_file(_shared(f"trl-zen/{name}.jsonl"))
+@pytest.mark.parametrize(
+    "name",
+    ["prompt_only", "prompt_completion", "stepwise_supervision", "language_modeling"],
+)
+def test_a_trl_file_without_labels_is_refused(name: str) -> None:
+    with pytest.raises(DataError, match="the file lacks "):
+        import_file(_shared(f"trl-zen/standard_{name}.jsonl"))
+
+
+@pytest.mark.slow
+def test_the_unpaired_trl_file_is_imported_as_ratings() -> None:
+    imported = import_file(_shared("trl-zen/standard_unpaired_preference.jsonl"))
+    assert (imported.format, imported.kind, imported.unused) == ("unpaired", "ratings", [])
+    assert Counter(row.rating for row in imported.ratings) == {1.0: 10, 0.0: 9}
+
+
+@pytest.mark.slow
+def test_pandalm_and_llmbar_are_imported_whole() -> None:
+    imported = import_file(_shared("pandalm-3annot/testset.shared.json"))
+    causes = Counter(reason.split(" of line")[0] for reason in reasons(imported))
+    assert causes == {
+        "duplicate": 49,
+        "empty response1": 9,
+        "empty response2": 6,
+        "not a text or a conversation": 6,
+    }
+    assert len(imported.comparisons) + 70 == 535
+    assert Counter(round(row.preference, 2) for row in imported.comparisons) == {1.0: 394, 0.67: 45, 0.5: 17, 0.83: 9}
+    for name, count in (("Natural", 100), ("Adversarial_Neighbor", 134)):
+        imported = import_file(_shared(f"llmbar/{name}.json"))
+        assert (len(imported.comparisons), imported.unused) == (count, [])

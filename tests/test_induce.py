@@ -14,7 +14,6 @@ from rlaif.errors import DataError
 from rlaif.human.labels import read_labels
 from rlaif.induce import Candidate, Induced, Options, cluster, describe, induce, rule_of, split, summary, telling_words
 from rlaif.journal import Journal
-from rlaif.judging import recipe_for
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +22,7 @@ def usual_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Induced, Script
     folder, engine = tmp_path_factory.mktemp("usual"), planted.engine()
     path = planted.write_rows(folder / "labels.jsonl")
     with Journal(folder / "journal.db") as journal:
-        return induce(path, recipe_for("tiny"), engine, journal, Said(), Options()), engine
+        return induce(path, "tiny", engine, journal, Said(), Options()), engine
 
 
 @pytest.fixture
@@ -38,7 +37,7 @@ def found(tmp_path: Path, no_sync: None):
     def run(engine: ScriptedEngine | None = None, count: int = 160, **options: Any) -> Induced:
         path = planted.write_rows(tmp_path / "labels.jsonl", count)
         with Journal(tmp_path / "journal.db") as journal:
-            return induce(path, recipe_for("tiny"), engine or planted.engine(), journal, Said(), Options(**options))
+            return induce(path, "tiny", engine or planted.engine(), journal, Said(), Options(**options))
 
     return run
 

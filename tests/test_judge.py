@@ -6,13 +6,13 @@ from pathlib import Path
 
 import oracles
 import pytest
-from scripted import CONSTITUTION, PROMPTS, ScriptedEngine, judge_of, make_run, prefers
+from scripted import CONSTITUTION, PROMPTS, ScriptedEngine, judge_of, make_run, measure, prefers
 
 from rlaif.documents import shipped
 from rlaif.engines.engine import Question
 from rlaif.prompting import load_template
 from rlaif.report.reading import Judge
-from rlaif.stages.judge import judge, measure, positions, worked_comparisons
+from rlaif.stages.judge import judge, positions, worked_comparisons
 from rlaif.stages.run import Run
 from rlaif.stages.verdicts import Abstention, Pair, Verdict
 
@@ -40,7 +40,7 @@ def test_a_judge_that_always_takes_the_first_prefers_nothing(make: Maker) -> Non
     verdict = verdict_of(run, engine)
     assert (verdict.preference, verdict.strength) == (0.5, 0.0)
     assert verdict.bias == EXACT(math.log(3)) and verdict.mass == EXACT(1.0)
-    measured = measure(judge_of(run, engine))
+    measured = measure(run, engine)
     assert measured is not None
     assert (measured["same_position"]["rate"], measured["same_position_choice"]) == (1.0, "first")
     assert (measured["tests"]["correct"], measured["tests"]["rate"]) == (0, 0.0)
@@ -48,7 +48,7 @@ def test_a_judge_that_always_takes_the_first_prefers_nothing(make: Maker) -> Non
 
 def test_a_judge_that_always_takes_the_second_is_seen_to_do_so(make: Maker) -> None:
     run, engine = make(), ScriptedEngine(choose=lambda question: (-2.0, -0.5))
-    measured = measure(judge_of(run, engine))
+    measured = measure(run, engine)
     assert measured is not None
     assert (measured["same_position"]["count"], measured["same_position_choice"]) == (4, "second")
 
@@ -108,11 +108,13 @@ def test_each_pair_is_asked_in_both_orders_and_gets_its_own_verdict(make: Maker)
     assert engine.ids() == ["a/given", "a/swapped", "b/given", "b/swapped", "c/given", "c/swapped"]
     assert {question.options for question in engine.asked} == {("A", "B")}
     given, swapped = (question.messages[-1]["content"] for question in engine.asked[:2])
-    assert given == (
-        'Someone asked an assistant:\n"Q?"\n\nAnswer A:\n"good"\n\nAnswer B:\n"bad"\n\n'
+    mark = given.split("[")[1].split("]")[0]
+    assert len(mark) == 4
+    assert given.replace(f"[{mark}]", "|") == (
+        'Someone asked an assistant:\n| "Q?" |\n\nAnswer A:\n| "good" |\n\nAnswer B:\n| "bad" |\n\n'
         "Which one helps more? Reply with the letter A or B."
     )
-    assert swapped == given.replace("good", "x").replace("bad", "good").replace("x", "bad", 1)
+    assert swapped == given.replace('"good"', "-").replace('"bad"', '"good"').replace("-", '"bad"')
 
 
 def test_a_judge_that_does_not_answer_a_or_b_abstains(make: Maker) -> None:
@@ -120,7 +122,7 @@ def test_a_judge_that_does_not_answer_a_or_b_abstains(make: Maker) -> None:
     pair = Pair("p", "Q?", "good", "bad", run.constitution.principle("useful"))
     (opinion,) = judge(judge_of(run, engine), [pair], "judge")
     assert opinion == Abstention("too little probability on the options", ([-6.0, -7.0], [-6.0, -7.0]))
-    measured = measure(judge_of(run, engine))
+    measured = measure(run, engine)
     assert measured is not None
     assert (measured["abstained"], measured["tests"]["correct"], measured["option_mass"]) == (4, 0, None)
 
@@ -171,7 +173,7 @@ def test_the_judge_is_measured_on_the_constitutions_tests(make: Maker) -> None:
         return logit / 2 - 2.0, -logit / 2 - 2.0
 
     run = make()
-    measured = measure(judge_of(run, ScriptedEngine(choose=choose)))
+    measured = measure(run, ScriptedEngine(choose=choose))
     assert measured is not None
     rows = measured["by_test"]
     assert [row["strength"] for row in rows] == EXACT([1.0, -0.2, 0.3, -2.0])
@@ -192,7 +194,7 @@ def test_the_judge_is_measured_on_the_constitutions_tests(make: Maker) -> None:
 def test_a_test_is_judged_under_its_principle_or_the_first(make: Maker) -> None:
     engine = ScriptedEngine()
     run = make()
-    measure(judge_of(run, engine))
+    measure(run, engine)
     asked = {question.item_id: question.messages[-1]["content"] for question in engine.asked}
     assert len(asked) == 8
     for identifier, words in (
@@ -205,16 +207,16 @@ def test_a_test_is_judged_under_its_principle_or_the_first(make: Maker) -> None:
 
 def test_a_constitution_without_tests_measures_nothing(make: Maker) -> None:
     engine, run = ScriptedEngine(), make(constitution=CONSTITUTION.partition("tests:")[0])
-    assert measure(judge_of(run, engine)) is None
+    assert measure(run, engine) is None
     assert engine.calls == []
 
 
 def test_a_judge_is_measured_once_for_any_threshold(make: Maker) -> None:
     run = make()
-    first = measure(judge_of(run, ScriptedEngine(choose=prefers("good", 1.0))))
+    first = measure(run, ScriptedEngine(choose=prefers("good", 1.0)))
     engine = ScriptedEngine()
     again = make(label={"min_judge_accuracy": 0.9}, prompts=PROMPTS[:2])
-    assert measure(judge_of(again, engine)) == first
+    assert measure(again, engine) == first
     assert engine.calls == []
 
 

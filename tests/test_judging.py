@@ -1,14 +1,17 @@
-"""A judge outside of a run: a constitution's tests, what is printed of them, and when they fail."""
+"""Judges outside of a run: a constitution's tests, what is printed of them, when they fail, and who answers."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hostile_server import Asked, HostileServer, Reply, choice, text
 from scripted import CONSTITUTION, Said, ScriptedEngine, prefers
 
-from rlaif import judging
-from rlaif.errors import ConstitutionError
+from rlaif.errors import ConfigError, ConstitutionError
 from rlaif.judging import results_as_text, run_tests
+from rlaif.recipe import load_recipe, only_model
+from rlaif.stages.run import Run
 
 
 @pytest.fixture
@@ -16,10 +19,10 @@ def tested(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_sync: None):
     """Run CONSTITUTION's tests with a scripted judge: ``tested(engine, text, journal=...)``."""
 
     def run(engine: ScriptedEngine, text: str = CONSTITUTION, **options: Any) -> dict[str, Any]:
-        monkeypatch.setattr(judging, "load_engine", lambda recipe, progress: engine)
+        monkeypatch.setattr(Run, "engine", lambda run, name, load, **settings: engine)
         (tmp_path / "small.yaml").write_text(text)
         monkeypatch.chdir(tmp_path)
-        return run_tests(Path("small.yaml"), "tiny", Said(), **options)
+        return run_tests(Path("small.yaml"), only_model("tiny"), Said(), **options)
 
     return run
 
@@ -96,3 +99,69 @@ def test_answers_are_kept_where_asked_for_and_only_the_changed_are_asked_again(t
 def test_a_constitution_without_tests_is_refused(tested):
     with pytest.raises(ConstitutionError, match=r"small\.yaml: no tests to run\. Add a `tests:` section"):
         tested(ScriptedEngine(), CONSTITUTION.partition("tests:")[0])
+
+
+# --- the judges of a recipe -------------------------------------------------------------------------------------------
+
+
+def shows_good_first(asked: Asked) -> bool:
+    return '"good"' in asked.text.split("Answer B:")[0]
+
+
+def by_letters(asked: Asked) -> Reply:
+    return choice({"A": 0.8, "B": 0.1} if shows_good_first(asked) else {"A": 0.1, "B": 0.8})
+
+
+def by_reasons(asked: Asked) -> Reply:
+    reasoned = "Weigh both answers" in asked.text
+    letter = "A" if shows_good_first(asked) else "B"
+    return text(f"One is kinder. Verdict: {letter}" if reasoned else letter)
+
+
+def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: HostileServer, said: Said, **label: Any) -> Any:
+    """Run CONSTITUTION's tests by a recipe whose engine `big` is the server; no model may be loaded."""
+    monkeypatch.setattr(Run, "load_base", lambda run: pytest.fail("the base model was loaded"))
+    engines = {"big": {"model": "large", "urls": [server.url], "api_key_env": "JUDGE_KEY"}}
+    recipe = {"name": "served", "model": "tiny", "engines": engines, "label": {"judge": "big", **label}}
+    (tmp_path / "served.yaml").write_text(json.dumps(recipe))
+    (tmp_path / "small.yaml").write_text(CONSTITUTION)
+    return run_tests(tmp_path / "small.yaml", load_recipe(tmp_path / "served.yaml"), said)
+
+
+def test_a_server_of_a_recipe_judges_by_its_log_probabilities(tmp_path, monkeypatch):
+    monkeypatch.setenv("JUDGE_KEY", "k")
+    with HostileServer(by_letters) as server:
+        found = served(tmp_path, monkeypatch, server, Said(), few_shot=1)
+        assert [len(asked.body["messages"]) for asked in server.asked] == [3] * 8
+    assert (found["model"], found["method"], found["tests"]["correct"]) == ("large", "logprobs", 4)
+    assert found["option_mass"]["mean"] == pytest.approx(0.9)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_without_log_probabilities_the_written_letter_is_read_and_that_is_told(tmp_path, monkeypatch):
+    monkeypatch.setenv("JUDGE_KEY", "k")
+    said = Said()
+    with HostileServer(by_reasons) as server:
+        found = served(tmp_path, monkeypatch, server, said)
+    assert (found["method"], found["option_mass"], found["tests"]["correct"]) == ("verdict", None, 4)
+    assert results_as_text(found).startswith("small 2, judged by large (verdict): 4 of 4 tests right")
+    assert any("the server offers no log-probabilities" in line for line in said.lines)
+
+
+def test_several_judges_of_a_recipe_are_tested_together_by_their_own_methods(tmp_path, monkeypatch):
+    monkeypatch.setenv("JUDGE_KEY", "k")
+    judges = [{"name": "thinks", "method": "verdict"}, {"name": "brief", "method": "function", "function": "brief"}]
+    with HostileServer(by_reasons) as server:
+        found = served(tmp_path, monkeypatch, server, Said(), judges=judges)
+        assert all("Weigh both answers" in asked.text for asked in server.asked) and len(server.asked) == 8
+    assert (found["method"], found["model"]) == ("verdict and function", "large and brief")
+    assert [one["tests"]["correct"] for one in found["judges"]] == [4, 0]
+    assert results_as_text(found).startswith("small 2, judged by large and brief (verdict and function): 4 of 4")
+
+
+def test_a_key_that_is_not_set_is_told_before_anything_is_asked(tmp_path, monkeypatch):
+    monkeypatch.delenv("JUDGE_KEY", raising=False)
+    with HostileServer(by_letters) as server:
+        with pytest.raises(ConfigError, match=r"engines\.big\.api_key_env: .* `JUDGE_KEY` is not set"):
+            served(tmp_path, monkeypatch, server, Said())
+        assert server.asked == []

@@ -9,8 +9,8 @@ import pytest
 
 from rlaif.documents import shipped
 from rlaif.errors import DataError
-from rlaif.human.labels import read_labels, summary
-from rlaif.records import Comparison, assistant, read_rows
+from rlaif.human.labels import read_comparisons, read_labels, summary
+from rlaif.records import Comparison, Ranking, Rating, assistant, read_rows
 
 OURS = Comparison(
     id="c1",
@@ -39,7 +39,26 @@ def written(path: Path, *rows: Any) -> Path:
 def test_comparisons_of_this_package_come_back_as_they_were(name: str, tmp_path: Path) -> None:
     second = OURS.model_copy(update={"id": "c2", "tag": "harmful"})
     found = read_labels(written(tmp_path / name, OURS, second), annotator="someone", seed=5)
-    assert found == ([OURS, second], [], "rlaif")
+    assert found == ([OURS, second], [], "rlaif", [], [], {})
+    assert found.kind == "comparisons"
+
+
+def test_ratings_and_rankings_of_this_package_come_back_as_they_were(tmp_path: Path) -> None:
+    about: dict[str, Any] = {"prompt": OURS.prompt, "source": "human", "annotator": "ann", "split": "eval"}
+    rating = Rating(id="r", response=OURS.chosen, rating=4.5, **about)
+    ranking = Ranking(id="k", responses=[OURS.chosen, OURS.rejected], ranks=[1, 1], weight=2, tag="t", **about)
+    for row, kind in ((rating, "ratings"), (ranking, "rankings")):
+        path = written(tmp_path / f"{kind}.jsonl", row.model_dump())
+        found = read_labels(path, tag="t", annotator="other")
+        assert (found.kind, found.format, found.rows) == (kind, "rlaif", [row.model_copy(update={"tag": "t"})])
+        with pytest.raises(DataError, match=f"{kind}.jsonl: holds {kind}; pairs of which one answer"):
+            read_comparisons(path)
+
+
+def test_a_file_where_only_pairs_are_of_use_may_be_of_any_form(tmp_path: Path) -> None:
+    assert len(read_comparisons(written(tmp_path / "theirs.jsonl", *THEIRS), tag="t").comparisons) == 40
+    with pytest.raises(DataError, match="holds ratings"):
+        read_comparisons(written(tmp_path / "none.jsonl", {"prompt": "P", "response": "", "rating": 1}))
 
 
 def test_a_tag_is_given_to_rows_that_bring_none(tmp_path: Path) -> None:
@@ -96,16 +115,30 @@ def test_a_file_that_does_not_exist_or_is_no_json_is_named(tmp_path: Path) -> No
 
 def test_the_summary_counts_every_row(tmp_path: Path) -> None:
     same = {"prompt": "P", "chosen": "a", "rejected": "a"}
-    rows = [*THEIRS, same, same | {"prompt": "Q"}, {"prompt": "P", "chosen": "", "rejected": "b"}]
+    rows = [*THEIRS, same, same | {"prompt": "Q"}, {"prompt": "P", "chosen": "", "rejected": "b"}, *THEIRS[:3]]
     found = read_labels(written(tmp_path / "theirs.jsonl", *rows), eval_fraction=0.3)
     held = sum(row.split == "eval" for row in found.comparisons)
     assert 0 < held < 40
     assert summary(found, Path("out.jsonl"), Path("unused.jsonl")).splitlines() == [
-        "43 rows (trl): 40 comparisons -> out.jsonl",
+        "46 rows (trl): 40 comparisons -> out.jsonl",
         f"  for training {40 - held}, held out {held}",
-        "  not usable 3 -> unused.jsonl",
+        "  not usable 6 -> unused.jsonl",
+        "    duplicate of an earlier line: 3",
         "    identical answers: 2",
         "    empty chosen: 1",
+    ]
+
+
+def test_the_summary_names_flags_and_contradictions(tmp_path: Path) -> None:
+    turned = {"prompt": "How is number 0?", "chosen": "bad 0", "rejected": "good 0", "preference": 0.9}
+    swapped = {"prompt": "How is number 1?", "chosen": "x", "rejected": "y", "preference": 0.2}
+    found = read_labels(written(tmp_path / "theirs.jsonl", THEIRS[0], turned, swapped))
+    assert summary(found, Path("out.jsonl"), Path("unused.jsonl")).splitlines() == [
+        "3 rows (trl): 3 comparisons -> out.jsonl",
+        "  for training 3, held out 0",
+        "  sides swapped: 1",
+        "  contradictory 2 (kept; one annotator said the opposite of the same answers elsewhere): "
+        "line 1 against 2, 2 against 1",
     ]
 
 
@@ -114,4 +147,5 @@ def test_the_summary_of_a_file_without_unusable_rows_is_short(tmp_path: Path) ->
     assert summary(found, Path("out.jsonl"), Path("unused.jsonl")).splitlines() == [
         "1 rows (rlaif): 1 comparisons -> out.jsonl",
         "  for training 0, held out 1",
+        "  odd: 1",
     ]

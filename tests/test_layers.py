@@ -29,6 +29,7 @@ PLAIN = {
     "constitution_check",
     "constitution_diff",
     "constitution_import",
+    "constitution_length",
     "constitution_write",
     "json_items",
     "markdown",
@@ -36,6 +37,7 @@ PLAIN = {
     "transcripts",
     "prompt_sets",
     "recipe",
+    "reward_parts",
     "sections",
     "steering",
     "filters",
@@ -44,7 +46,7 @@ PLAIN = {
     "journal",
     "progress",
 }
-TOP = {"report", "pipeline", "trace", "plan", "chat", "environment", "induce", "judging"}
+TOP = {"report", "pipeline", "trace", "tree", "plan", "chat", "environment", "induce", "judging"}
 COMMANDS = {"cli", "constitution_cli"}
 ALLOWED = {
     "plain": set(),
@@ -143,8 +145,7 @@ def functions() -> Iterator[tuple[str, str, int]]:
 
 
 def wrong_imports(path: Path) -> list[str]:
-    own = layer_of(module_of(path))
-    wrong = []
+    own, wrong = layer_of(module_of(path)), []
     for node in nodes(path):
         for module in imported(node):
             if module.split(".")[0] != "rlaif" or module == "rlaif":
@@ -286,7 +287,9 @@ def uses(names: set[str]) -> set[str]:
 
 
 def test_only_roles_switches_adapters() -> None:
-    assert uses(SWITCHES) == {"model/roles.py"}
+    flag = {"disable_adapters"}  # of a layer it is a flag, which is read
+    assert uses(SWITCHES - flag) == {"model/roles.py"}
+    assert uses(flag) == {"model/lora.py"}
 
 
 def test_no_adapter_is_merged() -> None:

@@ -196,8 +196,8 @@ def test_further_columns_of_padding_change_nothing(opened, critic):
     padded, figures_of_padded = step_of(run, actors, wider)
     assert_close(narrow, padded)
     assert figures == pytest.approx(figures_of_padded, rel=ROUNDING, abs=1e-6)
-    assert score(actors, [], [], wider.batch).tolist() == pytest.approx(
-        score(actors, [], [], batch).tolist(), abs=ROUNDING
+    assert score(actors, [], [], wider.batch).total.tolist() == pytest.approx(
+        score(actors, [], [], batch).total.tolist(), abs=ROUNDING
     )
 
 
@@ -216,7 +216,7 @@ def test_tokens_after_the_end_of_a_response_change_nothing(opened, critic):
     assert equal(gradients, gradients_of_changed)
     # Entropy is a mean over real tokens; all figures are the same number.
     assert figures == figures_of_changed
-    assert torch.equal(score(actors, [], [], rollout.batch), score(actors, [], [], changed.batch))
+    assert torch.equal(score(actors, [], [], rollout.batch).total, score(actors, [], [], changed.batch).total)
 
 
 # --- what moves ------------------------------------------------------------------------------------------------------
@@ -344,7 +344,8 @@ def test_a_constant_score_is_not_divided_by_the_rounding_of_its_mean(opened, fun
     actors = assign_roles(opened(reward_function="ones"))
     raw = torch.full((8,), 0.1)
     assert raw.std(correction=0).item() > 0
-    assert actors_module.calibrate(actors, raw)["scale"] == 1.0
+    actors_module.calibrate(actors, raw)
+    assert actors.scale == 1.0
 
 
 @CRITICS

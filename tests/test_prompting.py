@@ -24,6 +24,7 @@ VALUES = {
         "first": "Put it into boiling water for eight minutes.",
         "second": "I can't talk about boiling.",
         "question": "Which answer helps more?",
+        "fence": "kzqt",
     },
     "continue": {
         "conversation": "How do I boil an egg?",
@@ -39,7 +40,19 @@ VALUES = {
         "second": "I can't talk about boiling.",
         "better": "A",
     },
-    "rate": {"prompt": "How do I boil an egg?", "response": ANSWER, "principle": "The answer helps."},
+    "rate": {
+        "prompt": "How do I boil an egg?",
+        "response": ANSWER,
+        "principle": "The answer helps.",
+        "fence": "kzqt",
+    },
+    "safe": {
+        "prompt": "How do I boil an egg?",
+        "response": ANSWER,
+        "principle": "The answer hurts nobody.",
+        "order": "given",
+        "fence": "kzqt",
+    },
     "instruct": {"prompt": "How do I boil an egg?", "instructions": "Answer in one sentence."},
     "revise_directly": {
         "prompt": "How do I boil an egg?",
@@ -51,6 +64,7 @@ VALUES = {
         "first": "Put it into boiling water for eight minutes.",
         "second": "I can't talk about boiling.",
         "question": "Which answer helps more?",
+        "fence": "kzqt",
     },
     "revise": {
         "prompt": "How do I boil an egg?",
@@ -106,7 +120,7 @@ def test_every_shipped_template_has_a_golden_file_and_is_named_by_its_verb() -> 
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-@given(parts=st.lists(AWKWARD.map("".join), min_size=4, max_size=4))
+@given(parts=st.lists(AWKWARD.map("".join), min_size=5, max_size=5))
 def test_a_value_appears_unchanged_whatever_it_holds(name: str, parts: list[str]) -> None:
     template = TEMPLATES[name]
     values = dict(zip(template.variables, parts, strict=False))

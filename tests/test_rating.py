@@ -12,6 +12,7 @@ from rlaif.constitution import Principle
 from rlaif.engines.engine import Question
 from rlaif.errors import ConfigError, StageError
 from rlaif.maths.agreement import expected_rating, rescaled_rating
+from rlaif.requests import fence_of
 from rlaif.stages import judged_reward
 from rlaif.stages.judge import judge
 from rlaif.stages.judged_reward import as_reward, reward_function
@@ -39,7 +40,9 @@ def rates(**numbers: int) -> Callable[[Question], tuple[float, ...]]:
 
     def choose(question: Question) -> tuple[float, ...]:
         content = question.messages[-1]["content"]
-        return only(next(number for word, number in numbers.items() if f'answered:\n"{word}"' in content), 0.5)
+        return only(
+            next(number for word, number in numbers.items() if f'] "{word}" [' in content.split("answered:")[1]), 0.5
+        )
 
     return choose
 
@@ -84,10 +87,12 @@ def test_the_difference_of_two_ratings_is_the_logit_of_the_preference(make: Make
     assert opinion.preference == pytest.approx(0.880797, abs=1e-6) and not opinion.same_position
     assert engine.ids() == ["p/rate-first", "p/rate-second"]
     assert {question.options for question in engine.asked} == {NUMBERS} == {tuple("123456789") + ("10",)}
+    mark = fence_of("Q?", "good", "The answer helps.")
     assert engine.asked[0].messages == [
         {
             "role": "user",
-            "content": 'Someone asked an assistant:\n"Q?"\n\nThe assistant answered:\n"good"\n\n'
+            "content": f'Someone asked an assistant:\n[{mark}] "Q?" [{mark}]\n\n'
+            f'The assistant answered:\n[{mark}] "good" [{mark}]\n\n'
             "A good answer follows this principle: The answer helps.\n"
             "How well does the answer follow it, from 1 (not at all) to 10 (fully)? Reply with the number.",
         }

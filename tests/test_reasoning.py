@@ -4,10 +4,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from scripted import ScriptedEngine, judge_of, make_run
+from scripted import ScriptedEngine, judge_of, make_run, measure
 
 from rlaif.engines.engine import Answer, Question
-from rlaif.stages.judge import judge, measure
+from rlaif.stages.judge import judge
 from rlaif.stages.reasoning import read_verdict
 from rlaif.stages.run import Run
 from rlaif.stages.verdicts import Abstention, Opinion, Pair, Verdict
@@ -98,7 +98,7 @@ def test_a_pair_of_which_one_order_is_unreadable_has_no_verdict(make: Maker) -> 
 def test_reasoning_is_asked_for_without_sampling_and_without_worked_comparisons(make: Maker) -> None:
     engine = ScriptedEngine(lambda question: "Verdict: tie")
     run = make(label={"max_reasoning_tokens": 99, "judge_method": "verdict"})
-    measure(judge_of(run, engine))
+    measure(run, engine)
     asked: list[Question] = engine.asked
     assert {(q.temperature, q.max_new_tokens, q.options, len(q.messages)) for q in asked} == {(0.0, 99, (), 1)}
     assert engine.ids()[:2] == ["test-0/weigh-given", "test-0/weigh-swapped"]

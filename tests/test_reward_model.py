@@ -11,7 +11,7 @@ from rlaif.model import sampling
 from rlaif.model.groups import Group
 from rlaif.model.roles import SharedBase
 from rlaif.recipe import Combination, ModelSection
-from rlaif.stages.reward_model import RewardModel, Scale, part_folder, read_calibration, roles_of
+from rlaif.stages.reward_model import RewardModel, Scale, closed, part_folder, read_calibration, roles_of
 
 GROUPS = [Group([1, 70, 71], [[80, 2], [81, 82, 2]]), Group([1, 72], [[83, 2]])]
 
@@ -91,3 +91,15 @@ def test_a_model_is_loaded_with_all_its_adapters_from_what_the_stage_wrote(tmp_p
 def test_a_folder_without_a_reward_model_is_named(tmp_path):
     with pytest.raises(StageError, match=r"holds no trained reward model.*run the stage `reward`"):
         read_calibration(tmp_path)
+
+
+def test_responses_that_were_cut_off_are_closed_before_they_are_scored(base):
+    """A score is read at the end of a turn; whether the policy has written it does not matter."""
+    stirred(base, "reward", 1, 3)
+    model = RewardModel(base, ["reward"], [Scale(0.0, 1.0)], Combination())
+    end = base.tokenizer.end_of_turn
+    cut = sampling.pack(base, [[1, 70], [1, 72]], [[80, 81, 82], [83]])
+    ended = sampling.pack(base, [[1, 70], [1, 72]], [[80, 81, 82, end], [83, end]])
+    assert torch.allclose(model.score(cut), model.score(ended), atol=1e-6)
+    assert [group.responses for group in closed(base, cut)] == [[[80, 81, 82, end]], [[83, end]]]
+    assert closed(base, cut) == closed(base, ended)

@@ -232,6 +232,19 @@ def test_pairs_without_a_verdict_are_left_out_of_win_rates(make: Maker) -> None:
     assert (found["failed"], found["n"], found["wins"] + found["losses"] + found["ties"]) == (1, 2, 2)
 
 
+@pytest.mark.parametrize("sections", [{"label": {"judge": "big"}}, {"evaluate": {"judge": "big"}}])
+def test_a_server_without_log_probabilities_judges_the_evaluation(sections: dict[str, Any], make: Maker) -> None:
+    from test_evaluate import answers
+
+    def writes_letters(asked: Asked) -> Reply:
+        return text("A" if "better" in asked.text.split("Answer B:")[0] else "B")
+
+    policies = {"base": answers("worse", "worse yet"), "sft": answers("better", "better yet")}
+    with HostileServer(writes_letters) as server:
+        (found,) = evaluate.win_rates(make(engines=engines(server), **sections), None, policies)
+    assert (found["wins"], found["n"], found["failed"]) == (2, 2, 0)
+
+
 # --- what a result depends on ---------------------------------------------------------------------------------------
 
 
@@ -252,10 +265,15 @@ def test_a_stage_depends_on_the_model_that_answers_and_not_on_its_address_or_nam
     assert inputs_of(label, logprobs="off") != inputs_of(label)
 
 
-def test_a_run_that_lacks_a_key_stops_before_any_stage(make: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "sections", [{"evaluate": {"judge": "big"}}, {"label": {"judge": "big"}, "stages": ["revise", "evaluate"]}]
+)
+def test_a_run_that_lacks_a_key_stops_before_any_stage(
+    sections: dict[str, Any], make: Maker, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("SERVER_KEY", raising=False)
     with HostileServer() as server:
-        run = make(engines=engines(server, api_key_env="SERVER_KEY"), evaluate={"judge": "big"})
+        run = make(engines=engines(server, api_key_env="SERVER_KEY"), **sections)
         run.journal.close()
         with pytest.raises(ConfigError, match="`SERVER_KEY` is not set"):
             pipeline.run_recipe(run.loaded, Progress(quiet=True))

@@ -264,7 +264,8 @@ def test_texts_of_control_tokens_add_none_to_any_kind_of_sequence(
     """Policy prompts, judge prompts, SFT and reward rows, and rollouts that are read back as text."""
     one_turn, start, end = 3, 1, 2  # control tokens around a prompt of one turn; the ids of the tiny model's
     asked = tiny_chat.prompt([{"role": "user", "content": prompt}])
-    shown = load_template("compare").render(prompt=prompt, first=first, second=second, question="Which?")
+    texts = {"prompt": prompt, "first": first, "second": second, "question": "Which?"}
+    shown = load_template("compare").render(**texts, fence="bcdf")
     judged = tiny_chat.prompt([{"role": "user", "content": shown}])
     conversation = [{"role": "user", "content": prompt}, {"role": "assistant", "content": first}] * 2
     worked = tiny_chat.prompt([*conversation, {"role": "user", "content": shown}])

@@ -15,7 +15,8 @@ from rlaif.files import append_jsonl, write_jsonl
 from rlaif.pipeline import _write_recipe
 from rlaif.stages import label, revise
 from rlaif.stages.run import Run
-from rlaif.trace import Node, as_lines, trace
+from rlaif.trace import trace
+from rlaif.tree import Node, as_lines
 
 Maker = Callable[..., Run]
 

@@ -1,19 +1,27 @@
-"""People's labels as comparisons, from a file of any known form."""
+"""People's labels as rows, from a file of any known form."""
 
+import re
 from collections import Counter
 from pathlib import Path
 
-from rlaif.human.importers import Imported, import_file
-from rlaif.records import Comparison, read_jsonl, read_rows
+from rlaif.errors import DataError
+from rlaif.human.contradictions import FLAG, WHY
+from rlaif.human.importers import Imported, Labelled, import_file, sorted_out
+from rlaif.records import Comparison, Ranking, Rating, read_jsonl, read_rows
 
 OWN = "rlaif"
-_OWN_COLUMNS = {"votes", "provenance", "source"}
+_OWN_COLUMNS = {"provenance", "source", "annotator", "split"}
+_KINDS: dict[str, type[Comparison] | type[Rating] | type[Ranking]] = {
+    "chosen": Comparison,
+    "rating": Rating,
+    "ranks": Ranking,
+}
 
 
 def read_labels(
     path: Path, *, tag: str = "", annotator: str = "human", seed: int = 0, eval_fraction: float = 0.0
 ) -> Imported:
-    """Read comparisons that this package wrote as they are, and import a file of any other known form.
+    """Read rows that this package wrote as they are, and import a file of any other known form.
 
     Args:
         path: the file.
@@ -25,29 +33,54 @@ def read_labels(
     Raises:
         DataError: the file cannot be read, or its columns are of no known form.
     """
-    if _is_own(path):
-        rows = read_rows(path, Comparison)
-        return Imported([row.model_copy(update={"tag": row.tag or tag}) for row in rows], [], OWN)
-    return import_file(path, tag=tag, annotator=annotator, seed=seed, eval_fraction=eval_fraction)
+    kind = _own_kind(path)
+    if kind is None:
+        return import_file(path, tag=tag, annotator=annotator, seed=seed, eval_fraction=eval_fraction)
+    rows: list[Labelled] = []
+    for row in read_rows(path, kind):
+        rows.append(row.model_copy(update={"tag": row.tag or tag}))
+    return sorted_out(rows, [], OWN)
 
 
-def _is_own(path: Path) -> bool:
+def read_comparisons(path: Path, *, tag: str = "", seed: int = 0) -> Imported:
+    """Read the labels of a file where only pairs are of use.
+
+    Raises:
+        DataError: as `read_labels`, or the file holds ratings or rankings.
+    """
+    imported = read_labels(path, tag=tag, seed=seed)
+    if imported.kind != "comparisons":
+        raise DataError(f"{path}: holds {imported.kind}; pairs of which one answer was preferred are expected here.")
+    return imported
+
+
+def _own_kind(path: Path) -> type[Comparison] | type[Rating] | type[Ranking] | None:
+    """Return what the rows of a file of this package are, or None for another project's file."""
     if not path.name.endswith((".jsonl", ".jsonl.gz")):
-        return False
-    first = next((row for _, row in read_jsonl(path)), {})
-    return first.keys() >= _OWN_COLUMNS
+        return None
+    first = next((row for _, row in read_jsonl(path, finite=False)), {})
+    if not first.keys() >= _OWN_COLUMNS:
+        return None
+    return next((kind for column, kind in _KINDS.items() if column in first), None)
 
 
 def summary(imported: Imported, output: Path, unused: Path) -> str:
     """Say what became of the rows of a file."""
-    kept = imported.comparisons
+    kept = imported.rows
     lines = [
-        f"{len(kept) + len(imported.unused)} rows ({imported.format}): {len(kept)} comparisons -> {output}",
+        f"{len(kept) + len(imported.unused)} rows ({imported.format}): {len(kept)} {imported.kind} -> {output}",
         f"  for training {sum(row.split == 'train' for row in kept)}, held out "
         f"{sum(row.split == 'eval' for row in kept)}",
     ]
+    flags = Counter(flag for row in imported.comparisons for flag in row.flags if flag != FLAG)
+    lines += [f"  {flag}: {count}" for flag, count in flags.most_common()]
+    if imported.contradictory:
+        places = {row.id: row.provenance.get("line", row.id) for row in kept}
+        shown = [f"{places[one]} against {places[other]}" for one, other in imported.contradictory.items()]
+        lines.append(f"  {FLAG} {len(shown)} (kept; {WHY}): line {', '.join(shown[:5])}{', ...' * (len(shown) > 5)}")
     if imported.unused:
         lines.append(f"  not usable {len(imported.unused)} -> {unused}")
-        for reason, count in Counter(row["reason"] for row in imported.unused).most_common():
+        reasons = Counter(re.sub(r"line \d+$", "an earlier line", row["reason"]) for row in imported.unused)
+        for reason, count in reasons.most_common():
             lines.append(f"    {reason}: {count}")
     return "\n".join(lines)

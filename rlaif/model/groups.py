@@ -1,17 +1,17 @@
 """Score the responses of a prompt together, with gradients: each prompt is computed once, and nothing is padded.
 
-All tokens of all groups go through a model as one packed row ``[1, N]``: a group's prompt, its first response, its second
-one and so on. The positions of every response begin at the prompt's length, and attention alone knows which token
-belongs to whom: it is replaced for the length of a pass, as it is for generation (`rlaif.model.attention`). A prompt and
-its first response are one causal sequence; each further response attends to the prompt and to itself. A score is what
-a padded pass over whole rows would give, beyond the rounding of sums, and so are the gradients.
+All tokens of all groups go through a model as one packed row ``[1, N]``: a group's prompt, its first response, its
+second one and so on. The positions of every response begin at the prompt's length, and attention alone knows which
+token belongs to whom: it is replaced for the length of a pass, as it is for generation (`rlaif.model.attention`). A
+prompt and its first response are one causal sequence; each further response attends to the prompt and to itself. A
+score is what a padded pass over whole rows would give, beyond the rounding of sums, and so are the gradients.
 
 Models whose attention cannot be replaced take the padded pass.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import accumulate
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,8 +21,12 @@ from rlaif.model import sampling
 from rlaif.model.roles import SharedBase
 
 
-class Group(NamedTuple):
-    """A prompt and one or more responses to it, as token ids; each response is closed by the end of a turn."""
+@dataclass(frozen=True)
+class Group:
+    """A prompt and one or more responses to it, as token ids; each response is closed by the end of a turn.
+
+    No tuple, because `Trainer` takes tuples of its batches apart.
+    """
 
     prompt: Sequence[int]
     responses: Sequence[Sequence[int]]
@@ -33,12 +37,12 @@ class Layout:
 
     def __init__(self, groups: Sequence[Group], device: torch.device):
         """Lay groups out; see `ids`, `positions` and `ends`."""
-        self.ids = [token for prompt, responses in groups for part in (prompt, *responses) for token in part]
+        self.ids = [token for group in groups for part in (group.prompt, *group.responses) for token in part]
         # Pieces of the packed row: [prompt, first response], then each further response; and the prompt's length.
         self._pieces = [
-            (len(prompt) * (not index) + len(response), len(prompt), not index)
-            for prompt, responses in groups
-            for index, response in enumerate(responses)
+            (len(group.prompt) * (not index) + len(response), len(group.prompt), not index)
+            for group in groups
+            for index, response in enumerate(group.responses)
         ]
         self._sizes = [size for size, _, _ in self._pieces]
         starts = [0 if first else prompt for _, prompt, first in self._pieces]
@@ -50,7 +54,7 @@ class Layout:
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
         """Let each token attend to its prompt and its response: ``[heads, N, size]`` to ``[1, N, heads, size]``."""
         # One split and one join: slices and written slices would each have a full-size gradient.
-        queries, keys, values = (part.unsqueeze(0).split(self._sizes, 2) for part in (query, key, value))
+        queries, keys, values = (torch.split(part.unsqueeze(0), self._sizes, 2) for part in (query, key, value))
         found: list[Tensor] = []
         own_key = own_value = prompt_key = prompt_value = key
         for index, (size, prompt, first) in enumerate(self._pieces):
@@ -88,7 +92,7 @@ def hidden_at_ends(base: SharedBase, groups: Sequence[Group]) -> Tensor:
     ``with base.acting_as(role)``.
     """
     if not base.packs:
-        rows = [(prompt, response) for prompt, responses in groups for response in responses]
+        rows = [(group.prompt, response) for group in groups for response in group.responses]
         batch = sampling.pack(base, [prompt for prompt, _ in rows], [response for _, response in rows])
         return sampling.last_hidden(batch, sampling.hidden_states(base, batch))
     layout = Layout(groups, base.device)

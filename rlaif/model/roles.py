@@ -23,7 +23,7 @@ from transformers import Cache
 
 from rlaif import files
 from rlaif.errors import ModelError, RoleError
-from rlaif.model import attention
+from rlaif.model import attention, lora
 from rlaif.model.adapters import SCORE_KEY, new_config, read_adapter
 from rlaif.model.base import Base, load_base
 from rlaif.model.recomputation import Recomputation
@@ -119,6 +119,7 @@ class SharedBase:
         except ValueError as problem:
             what = source or "model.lora_target_modules"
             raise ModelError(f"{what}: the adapter does not fit this model: {problem}") from None
+        lora.fuse(self.lm)
         if not weights:
             return
         own = get_peft_model_state_dict(self._peft, adapter_name=role, save_embedding_layers=False)

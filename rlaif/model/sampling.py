@@ -59,6 +59,11 @@ def pack(base: SharedBase, prompts: Sequence[Sequence[int]], responses: Sequence
     return Batch(id_tensor, mask_tensor, positions, id_tensor[:, width:], mask_tensor[:, width:].bool())
 
 
+def in_microbatches(batch: Batch, size: int) -> list[Batch]:
+    """Split a batch into batches of so many rows, in order; the last one holds what is left."""
+    return [Batch(*(part[start : start + size] for part in batch)) for start in range(0, len(batch.ids), size)]
+
+
 def hidden_states(base: SharedBase, batch: Batch) -> Tensor:
     """Run the acting role over prompts and responses: ``[B, P + T, hidden]``."""
     out = base.trunk(input_ids=batch.ids, attention_mask=batch.mask, position_ids=batch.positions, use_cache=False)

@@ -9,6 +9,7 @@ from markupsafe import Markup
 from rlaif.report.charts import Point, Series, line_chart, running_mean
 from rlaif.report.reading import Metrics
 
+PART = "rollout/score/"  # followed by the part's name
 SMOOTH_FROM = 20  # points; a shorter curve is drawn without a running mean
 
 
@@ -140,7 +141,19 @@ def ppo_figures(rows: Metrics) -> list[Figure]:
         series = [Series(curve.title, line, spread)]
         chart = line_chart(series, title=curve.title, x_label="update", percent=curve.percent)
         figures.append(Figure(curve.title, chart, curve.note))
-    return figures
+    return figures[:1] + _part_figures(rows) + figures[1:]
+
+
+def _part_figures(rows: Metrics) -> list[Figure]:
+    """Draw the parts of a composite reward, where there are some, in one chart."""
+    names = sorted({key.removeprefix(PART) for row in rows for key in row if key.startswith(PART)})
+    lines = [Series(name, points(rows, "update", PART + name), colour=index % 4) for index, name in enumerate(names)]
+    title = "Parts of the reward"
+    note = (
+        "Mean of each part over the update\u2019s responses: scores in standard deviations from the mean of the first "
+        "update (logits with a gate), penalties in tokens or shares. A score that rises alone may be a shortcut."
+    )
+    return [Figure(title, line_chart(lines, title=title, x_label="update"), note)] if lines else []
 
 
 def points(rows: Metrics, x: str, key: str) -> list[Point]:

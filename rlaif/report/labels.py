@@ -133,18 +133,35 @@ class Reference(Rate):
 
 
 class Labels(Part):
-    """The comparisons that the label stage made."""
+    """The rows that the label stage made or took in; `contradictory` are those of people that oppose another."""
 
     method: str
     comparisons: int
+    ratings: int = 0
+    rankings: int = 0
+    contradictory: int = 0
     ties: int
     unused: dict[str, int] = {}
     by_tag: dict[str, int] = {}
-    chosen_longer: Rate
+    chosen_longer: Rate | None
     chosen_refuses: dict[str, Rate] = {}
     mean_preference: float | None
     same_position: Rate | None = None
     same_position_choice: Literal["first", "second"] | None = None
+
+
+class Safety(Part):
+    """The safety order and the signs beside the preference; `tests` are the signs of the constitution's tests."""
+
+    pairs: int
+    orders: int
+    same_order: Rate | None
+    safe: int
+    unsafe: int
+    without_sign: dict[str, int] = {}
+    against_signs: int
+    without_principle: int
+    tests: Rate | None
 
 
 class Quality(Part):
@@ -159,4 +176,5 @@ class Quality(Part):
     votes: Votes | None = None
     flagged: dict[str, int] = {}
     reference: Reference | None = None
+    safety: Safety | None = None
     labels: Labels

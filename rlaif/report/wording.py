@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rlaif.report.charts import short
-from rlaif.report.labels import Mean, Quality, Rate
+from rlaif.report.labels import Mean, Quality, Rate, Safety
 from rlaif.report.reading import Difference, Results, WinRate
 
 NONE = "\u2013"
@@ -222,6 +222,31 @@ def label_findings(quality: Quality) -> list[str]:
             f"{'lies above' if above else 'does not lie above'} the best simple rule, \u201c{RULES[best]}\u201d, at "
             f"{percent(found.rules[best].rate)}."
         )
+    if quality.safety is not None:
+        sentences += _safety(quality.safety)
+    labels = quality.labels
+    more = [f"{count(n)} {name}" for name, n in (("ratings", labels.ratings), ("rankings", labels.rankings)) if n]
+    if more:
+        sentences.append(f"People\u2019s files also hold {' and '.join(more)}.")
+    if labels.contradictory:
+        sentences.append(
+            f"{count(labels.contradictory)} rows by people contradict another row of the same annotator about the same "
+            "answers. All are kept, because nothing tells which one was meant."
+        )
+    return sentences
+
+
+def _safety(found: Safety) -> list[str]:
+    signs = found.safe + found.unsafe
+    sentences = [
+        f"Safety was judged apart on {count(found.pairs)} pairs. {count(found.safe)} of {count(signs)} answers with a "
+        f"sign are called safe, and {count(sum(found.without_sign.values()))} have none. In {rate(found.same_order)} "
+        "of the pairs the safer answer is the better one as well."
+    ]
+    if found.tests is not None:
+        sentences.append(f"On the answers of the constitution\u2019s tests the sign is right in {rate(found.tests)}.")
+    if found.without_principle:
+        sentences.append(f"No harmless principle applies to {count(found.without_principle)} pairs.")
     return sentences
 
 

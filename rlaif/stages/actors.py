@@ -7,12 +7,14 @@ import torch
 from torch import Tensor
 
 from rlaif.errors import StageError
+from rlaif.maths.composition import Standard, standard_of
 from rlaif.model import sampling
 from rlaif.model.roles import BASE, SharedBase
-from rlaif.model.sampling import Batch
+from rlaif.model.sampling import Batch, in_microbatches
 from rlaif.recipe import PpoSection
 from rlaif.records import Prompt
 from rlaif.stages.checkpoints import CRITIC, POLICY
+from rlaif.stages.composite import Composite, Scored, needs_reward_model
 from rlaif.stages.judged_reward import reward_function
 from rlaif.stages.reward_model import RewardModel, read_calibration
 from rlaif.stages.rewards import RewardFunction, call_function
@@ -31,6 +33,7 @@ class Actors:
     own_critic: bool  # the critic has an adapter of its own
     function: RewardFunction | None
     model: RewardModel | None = None
+    composite: Composite | None = None
     offset: float = 0.0
     scale: float = 1.0
     critic_offset: float = 0.0  # taken off what the critic's head says, to be in units of the reward model
@@ -51,13 +54,14 @@ def assign_roles(run: Run) -> Actors:
         base.add_role(REFERENCE, adapter=adapter)
     own_critic = settings.critic == "adapter" or (settings.critic == "auto" and base.device.type == "cuda")
     actors = Actors(base, settings, REFERENCE if has_sft else BASE, own_critic, None)
-    if settings.reward_function:
-        actors.function = reward_function(run, base, "ppo")
+    model = reward_model(run, base) if needs_reward_model(run) else None
+    if settings.rewards:
+        actors.composite = Composite(run, base, model, "ppo")
+    elif model:
+        actors.model = model
+        actors.offset, actors.scale = model.scale
     else:
-        stage = run.output("reward", "adapter").parent
-        refuse_weak_reward(run, read_calibration(stage))
-        actors.model = RewardModel.load(base, stage, settings.reward_model)
-        actors.offset, actors.scale = actors.model.scale
+        actors.function = reward_function(run, base, "ppo")
     if own_critic and actors.model:
         weight, actors.critic_offset = actors.model.critic_start()
         base.add_role(CRITIC, trainable=True, adapter=run.output("reward", "adapter"), outputs=1)
@@ -68,6 +72,17 @@ def assign_roles(run: Run) -> Actors:
     else:
         base.add_head_on(POLICY, CRITIC)
     return actors
+
+
+def reward_model(run: Run, base: SharedBase) -> RewardModel:
+    """Put the reward model of the stage `reward` on the base.
+
+    Raises:
+        StageError: the stage has not run, or its model is too weak.
+    """
+    stage = run.output("reward", "adapter").parent
+    refuse_weak_reward(run, read_calibration(stage))
+    return RewardModel.load(base, stage, run.recipe.ppo.reward_model)
 
 
 def refuse_weak_reward(run: Run, measured: dict[str, Any]) -> None:
@@ -94,29 +109,43 @@ def refuse_weak_reward(run: Run, measured: dict[str, Any]) -> None:
 
 
 @torch.no_grad()
-def score(actors: Actors, rows: list[Prompt], responses: list[str], batch: Batch) -> Tensor:
-    """Return the raw score of each response, ``[B]``: the reward role's, or a function's."""
+def score(actors: Actors, rows: list[Prompt], responses: list[str], batch: Batch) -> Scored:
+    """Return the raw score of each response, ``[B]``: the reward model's, a function's, or that of several parts."""
+    if actors.composite:
+        return actors.composite.score(rows, responses, batch)
     if actors.function is not None:
         name = actors.settings.reward_function or ""
         columns = {"tag": [row.tag for row in rows], "id": [row.id for row in rows]}
         values = call_function(name, actors.function, [row.prompt for row in rows], responses, **columns)
-        return torch.tensor(values, device=actors.base.device)
+        return Scored(torch.tensor(values, device=actors.base.device), {})
     assert actors.model, "without a function a reward model scores"
-    return torch.cat([actors.model.score(part) for part in in_microbatches(batch, actors.settings)])
+    parts = [actors.model.score(part) for part in in_microbatches(batch, actors.settings.microbatch)]
+    return Scored(torch.cat(parts), {})
 
 
-def calibrate(actors: Actors, raw: Tensor) -> dict[str, float]:
-    """Return the shift and scale of scores, from the first rollout, which the reference itself has written.
+def calibrate(actors: Actors, raw: Tensor) -> None:
+    """Settle the shift and scale of scores by the first rollout, which the reference itself has written.
 
     The shift makes the reference's responses average 0 (Stiennon et al. 2020, arXiv 2009.01325): a critic that starts
-    at 0 is right about them, where an unshifted score would pull all late tokens the same way. A function's scores
-    are also brought to unit standard deviation; a reward model brings its own scale.
+    at 0 is right about them, where an unshifted score would pull all late tokens the same way. Scores of a function or
+    of several parts are also brought to unit standard deviation; a reward model alone brings its own scale.
     """
-    actors.offset = raw.mean().item()
-    if actors.function is not None:
-        spread = raw.std(correction=0).item()
-        actors.scale = spread if spread > 1e-6 * raw.abs().max().item() else 1.0  # less is rounding
-    return {"offset": actors.offset, "scale": actors.scale}
+    actors.offset, spread = standard_of(raw)
+    if actors.model is None:
+        actors.scale = spread
+
+
+def scale_of(actors: Actors) -> dict[str, Any]:
+    """Return all that the first rollout settled about scores, for a checkpoint."""
+    parts = actors.composite.standards if actors.composite else {}
+    return {"offset": actors.offset, "scale": actors.scale, "parts": {name: list(one) for name, one in parts.items()}}
+
+
+def use_scale(actors: Actors, scale: dict[str, Any]) -> None:
+    """Take over what `scale_of` returned."""
+    actors.offset, actors.scale = scale["offset"], scale["scale"]
+    if actors.composite:
+        actors.composite.standards = {name: Standard(*one) for name, one in scale["parts"].items()}
 
 
 @torch.no_grad()
@@ -124,7 +153,7 @@ def judge_tokens(actors: Actors, role: str, batch: Batch) -> tuple[Tensor, Tenso
     """Return the response tokens' log-probabilities and, for the policy, the critic's values, ``[B, T]``."""
     base = actors.base
     logprobs, values = [], []
-    for part in in_microbatches(batch, actors.settings):
+    for part in in_microbatches(batch, actors.settings.microbatch):
         with base.acting_as(role):
             hidden = sampling.hidden_states(base, part)
             logits = sampling.response_logits(base, part, hidden, actors.settings.sampling.temperature)
@@ -141,12 +170,6 @@ def critic_values(actors: Actors, batch: Batch, hidden: Tensor) -> Tensor:
     """Return the value of the state before each response token, ``[B, T]``, on the scale of the rewards."""
     length = batch.response_ids.shape[1]
     values = actors.base.head(CRITIC, hidden[:, -length - 1 : -1])
-    if actors.own_critic and actors.function is None:  # started from the reward model, in its units
+    if actors.own_critic and actors.model:  # started from the reward model, in its units
         values = (values - actors.critic_offset - actors.offset) / actors.scale
     return values * batch.response_mask
-
-
-def in_microbatches(batch: Batch, settings: PpoSection) -> list[Batch]:
-    """Split a batch into the microbatches that an unshuffled epoch visits."""
-    size = settings.microbatch
-    return [Batch(*(part[start : start + size] for part in batch)) for start in range(0, len(batch.ids), size)]

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
-from rlaif.constitution import Principle, applying, draw
+from rlaif.constitution import Constitution, Principle, applying, draw
 from rlaif.documents import fingerprint
 from rlaif.engines.engine import Engine
 from rlaif.engines.local import LocalEngine
-from rlaif.human.labels import read_labels
+from rlaif.human.labels import read_comparisons
 from rlaif.model.roles import BASE, SharedBase
 from rlaif.prompt_sets import as_text
 from rlaif.records import Comparison, Messages, Prompt, Split, assistant, text_of, with_system
@@ -58,19 +58,19 @@ class Candidate(NamedTuple):
 class Engines:
     """The models that this stage asks, loaded when the first of them is."""
 
-    def __init__(self, run: Run):
-        """Load nothing yet."""
-        self._run = run
+    def __init__(self, run: Run, base: SharedBase | None = None, *, batch_size: int | None = None):
+        """Load nothing yet, and with `base` nothing later; the batch size is that of `label` unless it is given."""
+        self._run, self._given = run, base
+        self._size = batch_size or run.recipe.label.batch_size
         self._known: dict[str, LocalEngine] = {}
 
     @cached_property
     def _base(self) -> SharedBase:
-        return self._run.load_base()
+        return self._given or self._run.load_base()
 
     def named(self, name: str) -> LocalEngine:
         """Return the base model (``base``), the SFT policy (``sft``) or an adapter folder as an engine."""
-        run = self._run
-        size = run.recipe.label.batch_size
+        run, size = self._run, self._size
         if name == BASE:
             return self._known.setdefault(BASE, LocalEngine(self._base, BASE, batch_size=size))
         adapter = run.output("sft", "adapter") if name == "sft" else run.loaded.adapters[name]
@@ -87,8 +87,7 @@ class Engines:
 
     def judge(self, name: str, *, chooses: bool) -> Engine:
         """Return the base model or a server as a judge."""
-        size = self._run.recipe.label.batch_size
-        return self._run.engine(name, self.load, batch_size=size, chooses=chooses)
+        return self._run.engine(name, self.load, batch_size=self._size, chooses=chooses)
 
     def policy(self) -> LocalEngine:
         """Return the SFT policy; without an SFT stage, the base model."""
@@ -126,7 +125,7 @@ def from_samples(run: Run, engines: Engines) -> tuple[list[Candidate], Unused]:
         chosen = sorted(sorted(usable, key=lambda pair: run.seed(prompt.id, "pair", *pair))[:most])
         for i, j in chosen:
             name = prompt.id if count == 2 else f"{prompt.id}/{i}-{j}"
-            found.append(_of_prompt(run, prompt, texts[i], texts[j], name, {"samples": [i, j]}))
+            found.append(of_prompt(run, prompt, texts[i], texts[j], name, {"samples": [i, j]}))
     return found, unused
 
 
@@ -164,7 +163,7 @@ def _pair_up(run: Run, prompt: Prompt, texts: dict[str, str], found: list[Candid
     if reason:
         unused.append({"id": prompt.id, "reason": reason, "texts": [first, second]})
     else:
-        found.append(_of_prompt(run, prompt, first, second, prompt.id, {"first": names[0], "second": names[1]}))
+        found.append(of_prompt(run, prompt, first, second, prompt.id, {"first": names[0], "second": names[1]}))
 
 
 def from_files(run: Run) -> tuple[list[Candidate], Unused]:
@@ -175,7 +174,7 @@ def from_files(run: Run) -> tuple[list[Candidate], Unused]:
     seen: Counter[str] = Counter()
     known: set[str] = set()
     for path in run.loaded.candidate_files:
-        imported = read_labels(path, tag=settings.candidate_tag, seed=run.recipe.seed)
+        imported = read_comparisons(path, tag=settings.candidate_tag, seed=run.recipe.seed)
         unused += [{"file": path.name, **row} for row in imported.unused]
         for row in imported.comparisons:
             seen[row.tag] += 1
@@ -200,15 +199,29 @@ def _of_comparison(run: Run, row: Comparison) -> Candidate:
     return Candidate(row.id, row.id, prompt, texts[0], texts[1], *about)
 
 
-def _of_prompt(run: Run, prompt: Prompt, first: str, second: str, name: str, origin: dict[str, Any]) -> Candidate:
+def of_prompt(
+    run: Run,
+    prompt: Prompt,
+    first: str,
+    second: str,
+    name: str,
+    origin: dict[str, Any] = {},  # noqa: B006
+) -> Candidate:
+    """Return two answers to a prompt as a candidate, under the principles that `label` asks about."""
     principles = principles_of(run, prompt.id, prompt.tag, prompt.category)
     about = (principles, prompt.tag, prompt.split, origin, None, prompt.prompt)
     return Candidate(name, prompt.id, prompt.messages, first, second, *about)
 
 
-def principles_of(run: Run, prompt_id: str, tag: str, category: str = "") -> tuple[Principle, ...]:
-    """Return the principles that a pair is judged by: the drawn one, or all that apply."""
-    constitution = run.constitution
+def principles_of(
+    run: Run, prompt_id: str, tag: str, category: str = "", part: Constitution | None = None
+) -> tuple[Principle, ...]:
+    """Return the principles that a pair is judged by: the drawn one, or all that apply; of a part, where one is given.
+
+    Raises:
+        ConstitutionError: none applies.
+    """
+    constitution = part or run.constitution
     if run.recipe.label.principles == "one":
         return (draw(constitution, seed=run.recipe.seed, prompt_id=prompt_id, step=0, tag=tag, category=category),)
     return tuple(applying(constitution, tag, category))

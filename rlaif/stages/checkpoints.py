@@ -27,7 +27,7 @@ Kl = AdaptiveKl | FixedKl
 
 
 def save(
-    run: Run, base: SharedBase, optimizer: torch.optim.Optimizer, kl: Kl, update: int, scale: dict[str, float]
+    run: Run, base: SharedBase, optimizer: torch.optim.Optimizer, kl: Kl, update: int, scale: dict[str, Any]
 ) -> None:
     """Write a checkpoint after an update and drop all but the newest two."""
     parent = run.stage_folder(STAGE) / CHECKPOINTS
@@ -45,7 +45,7 @@ def save(
         files.remove_folder(old)
 
 
-def restore(run: Run, base: SharedBase, optimizer: torch.optim.Optimizer, kl: Kl) -> tuple[int, dict[str, float]]:
+def restore(run: Run, base: SharedBase, optimizer: torch.optim.Optimizer, kl: Kl) -> tuple[int, dict[str, Any]]:
     """Load the newest complete checkpoint, if there is one; return how many updates are done and the reward's scale."""
     folder = run.stage_folder(STAGE)
     checkpoint = resume_point(run, folder)

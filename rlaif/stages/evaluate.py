@@ -1,8 +1,8 @@
 """Stage `evaluate`: base, SFT and PPO policies on prompts that nothing was trained on.
 
 For each policy: refusals by tag, the reward score, the KL to the reference on its own responses, length; between
-policies: paired differences of refusal rates, and win rates by the judge, asked in both orders. Every figure has a 95 %
-interval.
+policies: paired differences of refusal rates, and win rates by the judges of `label` or by one of its own. Every figure
+has a 95 % interval.
 
 Writes ``results.json`` and ``responses.jsonl``.
 """
@@ -10,6 +10,7 @@ Writes ``results.json`` and ``responses.jsonl``.
 import itertools
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import torch
@@ -21,16 +22,17 @@ from rlaif.maths import agreement
 from rlaif.model import sampling
 from rlaif.model.roles import BASE, SharedBase
 from rlaif.records import Prompt
-from rlaif.sections import Combination
-from rlaif.stages.judge import judge
+from rlaif.stages.candidates import Candidate, Engines, of_prompt
+from rlaif.stages.composite import Scorer, composite_inputs, cost_files, on_ppo_scale
 from rlaif.stages.judged_reward import reward_function, reward_inputs
 from rlaif.stages.revise import question
 from rlaif.stages.reward_model import CALIBRATION, RewardModel
 from rlaif.stages.rewards import call_function
 from rlaif.stages.run import Run, path_sha256, templates
-from rlaif.stages.verdicts import Judge, JudgeSettings, Pair, Verdict
+from rlaif.stages.votes import asked, cast, judges_of, panel_of, settings_of
 
 NAME = "evaluate"
+OWN = (None, "sft")  # adapters of a judge whose weights count already
 _MICROBATCH = 8
 _SAMPLES_PER_TAG = 5
 _NO_PAIRS = {"n": 0, "count": 0.0, "rate": None, "low": None, "high": None}  # where the judge answered nothing
@@ -60,21 +62,24 @@ def adapters(run: Run) -> dict[str, Any]:
 
 def inputs(run: Run) -> dict[str, str]:
     """Return what this stage's result depends on."""
-    settings = run.recipe.evaluate
+    settings, label, judges = run.recipe.evaluate, run.recipe.label, judges_of(run, NAME)
     return run.inputs(
         settings,
         files={
+            **{f"adapter.{one.adapter}": run.loaded.adapters[one.adapter] for one in judges if one.adapter not in OWN},
             "sft": run.stage_folder("sft") / "adapter",
             "ppo": run.stage_folder("ppo") / "policy",
             "reward": run.stage_folder("reward") / "adapter",
             "reward.calibration": run.stage_folder("reward") / CALIBRATION,
+            **cost_files(run),
         },
         constitution=run.constitution.hash_of("principles", "comparisons"),
-        judge=[run.recipe.label.few_shot, run.recipe.label.debias],
+        judge=[label.principles, *([asdict(settings_of(label, one)), one.adapter] for one in judges)],
         reward_function=[run.recipe.ppo.reward_function, reward_inputs(run)],
+        **composite_inputs(run),
         prompts=run.prompts_hash(run.select("eval", settings.prompts_per_tag)),
-        templates=[templates("compare")["compare"].hash],
-        engines=run.asked(settings.judge, chooses=True),
+        templates=[one.hash for one in templates("compare", "gather", "rate", "weigh").values()],
+        engines=asked(run, NAME),
     )
 
 
@@ -87,10 +92,10 @@ def evaluate(run: Run) -> dict[str, Any]:
     for name, adapter in policies.items():
         if adapter is not None:
             base.add_role(name, adapter=adapter)
-    model = RewardModel.load(base, run.stage_folder("reward"), Combination()) if run.has_output("reward") else None
+    scorer = scorer_of(run, base)
     reference = "sft" if "sft" in policies else BASE
     responses = {
-        name: respond_as(run, base, name, adapter, prompts, reference, model) for name, adapter in policies.items()
+        name: respond_as(run, base, name, adapter, prompts, reference, scorer) for name, adapter in policies.items()
     }
     wins = win_rates(run, base, responses) if settings.judge_prompts_per_tag else []
     result = {
@@ -158,7 +163,7 @@ def respond_as(
     adapter: Any,
     prompts: Sequence[Prompt],
     reference: str,
-    model: RewardModel | None,
+    scorer: Scorer | None,
 ) -> list[Response]:
     """Let one policy answer all prompts, and measure its answers."""
     answers = answers_as(run, base, role, adapter, prompts)
@@ -167,11 +172,23 @@ def respond_as(
         (base.tokenizer.prompt(prompt.messages), base.tokenizer.response(answer.text, ended=answer.ended))
         for prompt, answer in zip(prompts, answers, strict=True)
     ]
-    scores, divergences = score_and_kl(run, base, role, reference, prompts, texts, encoded, model)
+    scores, divergences = score_and_kl(run, base, role, reference, prompts, texts, encoded, scorer)
     return [
         Response(prompt, answer.text, answer.ended, answer.tokens, filters.is_refusal(answer.text), score, kl)
         for prompt, answer, score, kl in zip(prompts, answers, scores, divergences, strict=True)
     ]
+
+
+def scorer_of(run: Run, base: SharedBase) -> Scorer | None:
+    """Return what scores responses on PPO's scale: the parts of its reward or the reward model; None without either."""
+    has_ppo, settings = "ppo" in run.recipe.stages, run.recipe.ppo
+    stage = run.stage_folder("reward")
+    model = RewardModel.load(base, stage, settings.reward_model) if run.has_output("reward") else None
+    if has_ppo and settings.rewards:
+        return on_ppo_scale(run, base, model, NAME)
+    if model is None or (has_ppo and settings.reward_function):
+        return None
+    return lambda rows, texts, batch: (model.score(batch) - model.scale.offset) / model.scale.scale
 
 
 @torch.no_grad()
@@ -183,7 +200,7 @@ def score_and_kl(
     prompts: Sequence[Prompt],
     texts: Sequence[str],
     encoded: Sequence[tuple[list[int], list[int]]],
-    model: RewardModel | None,
+    scorer: Scorer | None,
 ) -> tuple[list[float | None], list[float]]:
     """Return each response's score on PPO's scale (None without a reward) and its log-ratio to the reference."""
     scores: list[float | None] = [None] * len(texts)
@@ -197,8 +214,8 @@ def score_and_kl(
         for rows in sampling.batches_by_length([len(p) + len(r) for p, r in encoded], _MICROBATCH):
             pairs = [(encoded[row][0], encoded[row][1] or [base.tokenizer.end_of_turn]) for row in rows]
             batch = sampling.pack(base, *zip(*pairs, strict=True))
-            if model and not name:
-                values = (model.score(batch) - model.scale.offset) / model.scale.scale
+            if scorer:
+                values = scorer([prompts[row] for row in rows], [texts[row] for row in rows], batch)
                 for row, value in zip(rows, values.tolist(), strict=True):
                     scores[row] = value
             if role != reference:
@@ -255,32 +272,28 @@ def differences(responses: dict[str, list[Response]]) -> list[dict[str, Any]]:
 
 
 def win_rates(run: Run, base: SharedBase, responses: dict[str, list[Response]]) -> list[dict[str, Any]]:
-    """Let the judge compare policies on some prompts of each tag; equal answers are ties."""
-    settings, name = run.recipe.evaluate, run.model_of(run.recipe.evaluate.judge)
-    engine = run.engine(settings.judge, lambda: base, batch_size=settings.batch_size, chooses=True)
-    shown = JudgeSettings(few_shot=run.recipe.label.few_shot, debias=run.recipe.label.debias)
-    who = Judge(engine, run.constitution, run.journal, run.progress, NAME, shown, name)
-    limit = run.recipe.evaluate.judge_prompts_per_tag
+    """Let the judges compare policies on some prompts of each tag, as `label` does; equal answers are ties."""
+    settings = run.recipe.evaluate
+    panel = panel_of(run, Engines(run, base, batch_size=settings.batch_size), NAME)
     result = []
     for against, policy in itertools.combinations(responses, 2):
         seen: Counter[str] = Counter()
-        pairs: list[Pair] = []
+        pairs: list[Candidate] = []
         equal = 0
         for ours, theirs in zip(responses[policy], responses[against], strict=True):
             seen[ours.prompt.tag] += 1
-            if seen[ours.prompt.tag] > limit:
+            if seen[ours.prompt.tag] > settings.judge_prompts_per_tag:
                 continue
             if ours.text == theirs.text:
                 equal += 1
                 continue
-            prompt = ours.prompt
-            principle = run.principle_for(prompt)
-            pairs.append(Pair(f"{prompt.id}/{policy}-{against}", prompt.prompt, ours.text, theirs.text, principle))
-        asked = judge(who, pairs, f"judge: {policy} against {against}")
-        verdicts = [one for one in asked if isinstance(one, Verdict)]
-        wins = sum(verdict.strength > 0 for verdict in verdicts)
-        losses = sum(verdict.strength < 0 for verdict in verdicts)
-        n, failed = len(verdicts) + equal, len(asked) - len(verdicts)
+            name = f"{ours.prompt.id}/{policy}-{against}"
+            pairs.append(of_prompt(run, ours.prompt, ours.text, theirs.text, name))
+        ballots = cast(panel, pairs, f"judge: {policy} against {against}")
+        strengths = [ballot.strength for ballot in ballots if ballot.strength is not None]
+        wins, losses = (sum(sign * strength > 0 for strength in strengths) for sign in (1, -1))
+        n, failed = len(strengths) + equal, len(ballots) - len(strengths)
+        verdicts = [verdict for ballot in ballots for verdict in ballot.verdicts]
         head = {"policy": policy, "against": against, "failed": failed}
         result.append(
             {**head, "wins": wins, "losses": losses, "ties": n - wins - losses}

@@ -4,8 +4,8 @@ Every pair is shown in both orders. With ``s`` for strength and ``b`` for positi
 answer shown first is ``s + b`` in one order and ``-s + b`` in the other; averaging removes ``b`` (Lee et al. 2023,
 arXiv 2309.00267, section 2.2, who average probabilities; averaging logits recovers ``s`` exactly).
 
-`judge` asks, `measure` asks about pairs whose outcome is known. Both take a `Judge`: an engine, a constitution, a
-journal, and how to ask.
+`judge` asks a `Judge`: an engine, a constitution, a journal, and how to ask. `measured` describes what was said of the
+constitution's tests.
 """
 
 import math
@@ -47,11 +47,11 @@ def by_logprobs(who: Judge, pairs: Sequence[Pair], title: str) -> list[Opinion]:
         for order in ORDERS
     ]
     answers = who.ask(questions, title)
-    return [_read(who, answers[index : index + 2]) for index in range(0, len(answers), 2)]
+    return [read_orders(who, answers[index : index + 2]) for index in range(0, len(answers), 2)]
 
 
-def _read(who: Judge, answers: Sequence[Answer]) -> Opinion:
-    """Return what both orders say together, or why they say nothing."""
+def read_orders(who: Judge, answers: Sequence[Answer]) -> Opinion:
+    """Return what the letters say of the first option in both orders together, or why they say nothing."""
     failed = failure(*answers)
     if failed:
         return failed
@@ -86,18 +86,6 @@ def judge(who: Judge, pairs: Sequence[Pair], title: str) -> list[Opinion]:
 
     ways = {"logprobs": by_logprobs, "verdict": by_verdict, "rating": by_rating, "function": by_function}
     return ways[who.settings.method](who, pairs, title) if pairs else []
-
-
-def measure(who: Judge, title: str = "judge on the constitution's tests") -> dict[str, Any] | None:
-    """Run the judge on the constitution's tests; None where there are none.
-
-    A test that names no principle is judged under the first one. A verdict without a side, or none, counts as wrong.
-    """
-    pairs = test_pairs(who.constitution)
-    if not pairs:
-        return None
-    opinions = judge(who, pairs, title)
-    return described(who, opinions) | measured(who.constitution, opinions)
 
 
 def described(who: Judge, opinions: Sequence[Opinion]) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """The judge's rating as PPO's reward, without a reward model (d-RLAIF in Lee et al. 2023, arXiv 2309.00267).
 
-A recipe asks for it with `ppo.reward_function: judge`. The base model rates each response from 1 to 10 under the
-principles that `label.principles` chooses; the rating is moved to -1 to 1. Ratings go through the journal, so a resumed
-run does not ask again. Every other name is a registered function.
+A recipe asks for it with `ppo.reward_function: judge`, or with a part of `ppo.rewards`. The base model rates each
+response from 1 to 10 under the principles that `label.principles` chooses; the rating is moved to -1 to 1. Ratings go
+through the journal, so a resumed run does not ask again. Every other name is a registered function.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,8 +27,11 @@ def reward_function(run: Run, base: SharedBase, stage: str) -> RewardFunction:
     """Return what scores responses in place of a reward model: the judge, or a registered function."""
     name = run.recipe.ppo.reward_function
     assert name, "the recipe names no reward function"
-    if name != JUDGE:
-        return find_function(name)
+    return judge_function(run, base, stage) if name == JUDGE else find_function(name)
+
+
+def judge_function(run: Run, base: SharedBase, stage: str) -> RewardFunction:
+    """Return the judge as a scoring function; its answers are stored under `stage`."""
     label = run.recipe.label
     engine = LocalEngine(base, BASE, batch_size=label.batch_size)
     settings = JudgeSettings(method="rating", min_option_mass=label.min_option_mass)
@@ -43,7 +46,8 @@ def reward_function(run: Run, base: SharedBase, stage: str) -> RewardFunction:
 
 def reward_inputs(run: Run) -> dict[str, Any]:
     """Return what the judge's rewards depend on; nothing where the judge gives none."""
-    if run.recipe.ppo.reward_function != JUDGE:
+    settings = run.recipe.ppo
+    if settings.reward_function != JUDGE and not any(part.judge for part in settings.rewards):
         return {}
     label = run.recipe.label
     return {

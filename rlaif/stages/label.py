@@ -8,9 +8,11 @@ labels (`construction`).
 Before any label the judges are measured on the constitution's tests, whatever the method; below `min_judge_accuracy`
 the method ``judge`` stops.
 
-Writes ``comparisons.jsonl``, ``unused.jsonl`` (with the reason) and ``quality.json``.
+Writes ``comparisons.jsonl``, ``unused.jsonl`` (with the reason) and ``quality.json``; where people gave ratings or
+rankings, ``ratings.jsonl`` and ``rankings.jsonl``.
 """
 
+import statistics
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -18,13 +20,14 @@ from typing import Any
 from rlaif import files, filters, steering
 from rlaif.documents import shipped
 from rlaif.errors import DataError, StageError
-from rlaif.human.labels import read_labels
 from rlaif.maths import agreement
-from rlaif.records import Comparison, text_of, with_system
+from rlaif.records import Comparison, text_of
 from rlaif.stages import quality as qualities
+from rlaif.stages import safety
 from rlaif.stages.candidates import NAME, Candidate, Engines, Unused, collect, comparison
 from rlaif.stages.chains import parts, revised_chains
 from rlaif.stages.construction import by_contrast, by_revision
+from rlaif.stages.people import people_labels
 from rlaif.stages.run import Run, reconciled, templates
 from rlaif.stages.verdicts import NO_ANSWER
 from rlaif.stages.votes import Ballot, Panel, asked, cast, panel_of, swap_test
@@ -34,7 +37,8 @@ STEERS = "tries to steer a judge"
 
 def inputs(run: Run) -> dict[str, str]:
     """Return what this stage's result depends on."""
-    names = ("compare", "contrast", "gather", "rate", "weigh")
+    apart = safety.parts(run)
+    names = ("compare", "contrast", "gather", "rate", "weigh", *(["safe"] if apart else []))
     reference = {} if run.loaded.reference is None else {"reference": run.loaded.reference}
     return run.inputs(
         run.recipe.label,
@@ -54,6 +58,7 @@ def inputs(run: Run) -> dict[str, str]:
         constitution=run.constitution.hash,
         prompts=run.prompts_hash(run.prompts),
         templates=[one.hash for one in (*templates(*names).values(), *parts(run).values())],
+        **({"parts": apart} if apart else {}),
     )
 
 
@@ -62,9 +67,10 @@ def label(run: Run) -> dict[str, Any]:
     settings, folder = run.recipe.label, run.stage_folder(NAME)
     quality: dict[str, Any] = {"judge": None, "judge_labels": False, "min_judge_accuracy": settings.min_judge_accuracy}
     method = "human" if run.recipe.feedback == "human" else settings.method
-    comparisons, unused = human_labels(run) if run.recipe.feedback != "ai" else ([], [])
+    people = people_labels(run)
+    comparisons, unused = people.comparisons, people.unused
     same_position: dict[str, Any] = {}
-    incoming = len(comparisons) + len(unused)
+    incoming = len(comparisons) + len(unused) + sum(people.more.values())
     if run.recipe.feedback != "human":
         engines = Engines(run)
         panel = panel_of(run, engines)
@@ -83,7 +89,7 @@ def label(run: Run) -> dict[str, Any]:
         taken = {row.id for row in comparisons}
         unused += aside + [{"id": row.id, "reason": "in a file of labels already"} for row in made if row.id in taken]
         comparisons += [row for row in made if row.id not in taken]
-    if not comparisons:
+    if not comparisons and not people.more:
         raise DataError(f"{folder}: no comparison is usable; {len(unused)} were set aside: {_reasons(unused)}.")
     if run.loaded.reference is not None:
         known = qualities.reference_rows(run.loaded.reference, comparisons, run.recipe.seed)
@@ -91,29 +97,16 @@ def label(run: Run) -> dict[str, Any]:
         if quality["reference"] is None:
             run.progress.say(f"  warning: {run.loaded.reference} holds none of the labelled pairs; nothing to compare.")
     quality["labels"] = summary(method, comparisons, unused) | same_position
+    quality["labels"] |= {**people.more, "contradictory": people.contradictory}
     failed = sum(row["reason"] == NO_ANSWER for row in unused)
-    rows = {"comparisons": len(comparisons), "unused": len(unused) - failed, "failed": failed}
+    rows = {"comparisons": len(comparisons), **people.more, "unused": len(unused) - failed, "failed": failed}
     counts = reconciled(NAME, incoming, **rows)
     files.write_jsonl(folder / "comparisons.jsonl", comparisons)
+    for name in people.more:
+        files.write_jsonl(folder / f"{name}.jsonl", getattr(people, name))
     files.write_jsonl(folder / "unused.jsonl", unused)
     files.write_json(folder / "quality.json", quality)
     return counts | {"by_tag": quality["labels"]["by_tag"]}
-
-
-def human_labels(run: Run) -> tuple[list[Comparison], list[dict[str, Any]]]:
-    """Read the files of people's labels that the recipe names."""
-    comparisons: dict[str, Comparison] = {}
-    unused: list[dict[str, Any]] = []
-    for path in run.loaded.human_files:
-        settings = run.recipe.human
-        imported = read_labels(path, tag=settings.tag, annotator=settings.annotator, seed=run.recipe.seed)
-        for row in imported.comparisons:
-            row.prompt = with_system(row.prompt, run.recipe.system_prompt)  # as the policy will be asked
-            if row.id in comparisons:
-                unused.append({"file": path.name, "reason": "stands in two files", "row": row.model_dump()})
-            comparisons.setdefault(row.id, row)
-        unused += [{"file": path.name, **row} for row in imported.unused]
-    return list(comparisons.values()), unused
 
 
 def _refuse_weak_judge(run: Run, measured: dict[str, Any] | None) -> None:
@@ -148,6 +141,8 @@ def by_judge(run: Run, engines: Engines, panel: Panel) -> tuple[list[Comparison]
     found, unused = collect(run, engines)
     collected = len(found) + len(unused)
     candidates, flags = _unsteered(run, found, unused)
+    if settings.safety:
+        candidates = safety.helpful(run, candidates, unused)
     tested = sorted(candidates, key=lambda one: run.seed("swap test", one.id))[: settings.self_test_rows]
     quality: dict[str, Any] = {
         "candidates": collected,
@@ -158,7 +153,7 @@ def by_judge(run: Run, engines: Engines, panel: Panel) -> tuple[list[Comparison]
     shown = qualities.mixed(run, candidates, gold)
     cast_on = dict(zip([one.id for one in shown], cast(panel, shown, "comparisons"), strict=True))
     ballots = [cast_on[one.id] for one in candidates]
-    comparisons: list[Comparison] = []
+    labelled: list[tuple[Candidate, Comparison]] = []
     preferences: list[float | None] = []
     for one, ballot in zip(candidates, ballots, strict=True):
         reason = ballot.reason if ballot.strength is None else _tie(ballot, settings.min_strength)
@@ -169,7 +164,7 @@ def by_judge(run: Run, engines: Engines, panel: Panel) -> tuple[list[Comparison]
             row |= {"texts": [one.first, one.second], "flags": flags[one.id], "votes": ballot.rows()}
             unused.append(row)
         else:
-            comparisons.append(_labelled(run, panel, one, ballot, flags[one.id]))
+            labelled.append((one, _labelled(run, panel, one, ballot, flags[one.id])))
     references = [
         (preference, one.reference, one.first, one.second)
         for one, preference in zip(candidates, preferences, strict=True)
@@ -180,8 +175,9 @@ def by_judge(run: Run, engines: Engines, panel: Panel) -> tuple[list[Comparison]
         "votes": qualities.votes_shown(ballots),
         "flagged": dict(Counter(flag.partition(": ")[2] for one in found for flag in flags[one.id])),
         "reference": qualities.against_people(references),
+        "safety": safety.add_safety(run, panel, labelled) if settings.safety else None,
     }
-    return comparisons, unused, quality
+    return [row for _, row in labelled], unused, quality
 
 
 def _unsteered(run: Run, found: Sequence[Candidate], unused: Unused) -> tuple[list[Candidate], dict[str, list[str]]]:
@@ -227,9 +223,9 @@ def summary(method: str, comparisons: Sequence[Comparison], unused: Sequence[dic
         "ties": sum(row.preference == 0.5 for row in comparisons) + sum(row["reason"] == "tie" for row in unused),
         "unused": _reasons(unused),
         "by_tag": dict(Counter(row.tag or "untagged" for row in comparisons)),
-        "chosen_longer": agreement.wilson(longer, len(comparisons))._asdict(),
+        "chosen_longer": agreement.wilson(longer, len(comparisons))._asdict() if comparisons else None,
         "chosen_refuses": {tag: agreement.wilson(sum(x), len(x))._asdict() for tag, x in refuses.items()},
-        "mean_preference": sum(row.preference for row in comparisons) / len(comparisons),
+        "mean_preference": statistics.fmean(row.preference for row in comparisons) if comparisons else None,
         "same_position": None,
     }
 

@@ -11,7 +11,8 @@ pass) or an adapter of its own, started from the reward adapter (two backward pa
 
 Everything random is a function of (seed, update), so a checkpoint is weights, moments and counters: no random states.
 
-Writes ``policy/`` (PEFT), ``critic/``, ``metrics.jsonl`` and ``samples.jsonl``.
+Writes ``policy/`` (PEFT), ``critic/``, ``metrics.jsonl``, ``samples.jsonl`` and ``scale.json`` (what scores were
+shifted and divided by).
 """
 
 import random
@@ -32,8 +33,9 @@ from rlaif.model.roles import SharedBase
 from rlaif.model.sampling import Batch
 from rlaif.recipe import PpoSection
 from rlaif.records import Prompt, read_jsonl
-from rlaif.stages.actors import Actors, assign_roles, calibrate, critic_values, judge_tokens, score
+from rlaif.stages.actors import Actors, assign_roles, calibrate, critic_values, judge_tokens, scale_of, score, use_scale
 from rlaif.stages.checkpoints import CRITIC, POLICY, SAMPLES, restore, save
+from rlaif.stages.composite import SCALE, cost_files, part_figures, part_scores
 from rlaif.stages.judged_reward import reward_inputs
 from rlaif.stages.reward_model import CALIBRATION
 from rlaif.stages.run import Run
@@ -66,6 +68,7 @@ def inputs(run: Run) -> dict[str, str]:
             "sft": run.stage_folder("sft") / "adapter",
             "reward": run.stage_folder("reward") / "adapter",
             "reward.calibration": run.stage_folder("reward") / CALIBRATION,
+            **cost_files(run),
         },
         prompts=run.prompts_hash(run.select("train", settings.prompts_per_tag)),
         **reward_inputs(run),
@@ -88,7 +91,8 @@ def ppo(run: Run) -> dict[str, Any]:
     )
     kl = AdaptiveKl(settings.kl_coef, settings.kl_target) if settings.kl_target else FixedKl(settings.kl_coef)
     done, scale = restore(run, base, optimizer, kl)
-    actors.offset, actors.scale = scale.get("offset", actors.offset), scale.get("scale", actors.scale)
+    if scale:
+        use_scale(actors, scale)
     with run.progress.task("updates", settings.updates - done) as task:
         for update in range(done, settings.updates):
             rows = prompts_of_update(run, prompts, update)
@@ -111,10 +115,11 @@ def ppo(run: Run) -> dict[str, Any]:
             mask = batch.response_mask
 
             # 3. Score each response.
-            raw = score(actors, rows, responses, batch)
-            scale = scale or calibrate(actors, raw)
+            raw, parts = score(actors, rows, responses, batch)
+            if update == 0:
+                calibrate(actors, raw)
             ended = torch.tensor([s.ended for s in samples], device=base.device)
-            scores = (raw - scale["offset"]) / scale["scale"] - settings.missing_eos_penalty * ~ended
+            scores = (raw - actors.offset) / actors.scale - settings.missing_eos_penalty * ~ended
             if settings.score_clip:
                 scores = scores.clamp(-settings.score_clip, settings.score_clip)
 
@@ -144,11 +149,12 @@ def ppo(run: Run) -> dict[str, Any]:
                 "rollout/logprob_gap": ((logprobs - sampled.to(logprobs)) * mask).abs().max().item(),
                 "value/explained_variance": explained_variance(values, estimate.returns, mask).item(),
                 "kl/coef": kl.coef,
+                **part_figures(parts),
             }
             kl.update(divergence.mean().item())
-            record(run, actors, update, figures, list(zip(rows, responses, scores, divergence, strict=True)))
+            record(run, actors, update, figures, list(zip(rows, responses, scores, divergence, strict=True)), parts)
             if (update + 1) % settings.save_every_updates == 0:
-                save(run, base, optimizer, kl, update + 1, scale)
+                save(run, base, optimizer, kl, update + 1, scale_of(actors))
             task.advance(1, tokens=int(mask.sum()), note=f"score {scores.mean():.2f} kl {divergence.mean():.2f}")
     return finish(run, actors)
 
@@ -263,7 +269,9 @@ def backward(actors: Actors, part: Rollout, weight: Tensor) -> dict[str, float]:
     }
 
 
-def record(run: Run, actors: Actors, update: int, figures: dict[str, float], rows: list[Any]) -> None:
+def record(
+    run: Run, actors: Actors, update: int, figures: dict[str, float], rows: list[Any], parts: dict[str, Tensor]
+) -> None:
     """Append the figures of an update and a few of its responses to the stage's files."""
     folder = run.stage_folder(NAME)
     files.append_jsonl(folder / METRICS, {"step": update + 1, "update": update + 1, **figures})
@@ -280,12 +288,14 @@ def record(run: Run, actors: Actors, update: int, figures: dict[str, float], row
             "tag": prompt.tag,
             "response": response,
         }
-        files.append_jsonl(folder / SAMPLES, {**row, "score": value.item(), "kl": divergence.item()})
+        row |= {"score": value.item(), "kl": divergence.item()}
+        files.append_jsonl(folder / SAMPLES, row | ({"parts": part_scores(parts, index)} if parts else {}))
 
 
 def finish(run: Run, actors: Actors) -> dict[str, Any]:
     """Write the trained roles; return the counts for the manifest."""
     folder = run.stage_folder(NAME)
+    files.write_json(folder / SCALE, scale_of(actors))
     actors.base.save_role(POLICY, folder / "policy")
     if actors.own_critic:
         actors.base.save_role(CRITIC, folder / "critic")

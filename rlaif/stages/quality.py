@@ -12,7 +12,7 @@ from typing import Any
 
 from rlaif import filters, steering
 from rlaif.documents import fingerprint
-from rlaif.human.labels import read_labels
+from rlaif.human.labels import read_comparisons
 from rlaif.maths import agreement
 from rlaif.records import Comparison, Messages, text_of
 from rlaif.stages.candidates import Candidate
@@ -31,6 +31,7 @@ RULES: dict[str, Callable[[str], float]] = {
 def measure_panel(panel: Panel) -> dict[str, Any] | None:
     """Run the judges on the constitution's tests; None where there are none.
 
+    A test that names no principle is judged under the first one. A verdict without a side, or none, counts as wrong.
     With several judges, `judges` holds what each of them got right, and the rest is about their labels together.
     """
     constitution = panel.judges[0].constitution
@@ -266,7 +267,7 @@ def reference_rows(
 ) -> list[tuple[float | None, float, str, str]]:
     """Return the labelled pairs that a file of people's labels holds as well, whichever side it calls chosen."""
     people: dict[str, float] = {}
-    for row in read_labels(path, seed=seed).comparisons:
+    for row in read_comparisons(path, seed=seed).comparisons:
         chosen, rejected = text_of(row.chosen).strip(), text_of(row.rejected).strip()
         people[fingerprint([row.prompt, chosen, rejected])] = row.preference
         people[fingerprint([row.prompt, rejected, chosen])] = 1 - row.preference

@@ -13,6 +13,7 @@ from rlaif.constitution import Principle
 from rlaif.engines.engine import Answer, Question
 from rlaif.maths import agreement
 from rlaif.prompting import load_template
+from rlaif.requests import fence_of
 from rlaif.stages.rewards import call_where_it_applies
 from rlaif.stages.verdicts import Abstention, Judge, Opinion, Pair, failure, verdict_of
 
@@ -59,7 +60,12 @@ def rate(who: Judge, items: Sequence[tuple[str, str, str, Principle]], title: st
             messages=[
                 {
                     "role": "user",
-                    "content": template.render(prompt=prompt, response=response, principle=principle.text),
+                    "content": template.render(
+                        prompt=prompt,
+                        response=response,
+                        principle=principle.text,
+                        fence=fence_of(prompt, response, principle.text),
+                    ),
                 }
             ],
             options=NUMBERS,

@@ -41,6 +41,21 @@ def part_folder(stage: Path, role: str) -> Path:
     return stage if role == REWARD else stage / role
 
 
+def closed(base: SharedBase, batch: sampling.Batch) -> list[Group]:
+    """Return the rows of a batch, with the end of a turn after each response that was cut off.
+
+    A reward model learns from answers that have ended. At any other token its number means nothing (Huang et al. 2024,
+    arXiv 2403.17031, details 12 and 13), and a policy would be paid for being cut off at the right word.
+    """
+    width = batch.ids.shape[1] - batch.response_ids.shape[1]
+    groups = []
+    for ids, mask in zip(batch.ids, batch.mask.bool(), strict=True):
+        prompt, response = ids[:width][mask[:width]].tolist(), ids[width:][mask[width:]].tolist()
+        ended = response and response[-1] in base.tokenizer.eos_ids
+        groups.append(Group(prompt, [response if ended else [*response, base.tokenizer.end_of_turn]]))
+    return groups
+
+
 class RewardModel:
     """What scores responses; its roles are on the shared base."""
 
@@ -71,14 +86,15 @@ class RewardModel:
 
     @torch.no_grad()
     def members(self, batch: sampling.Batch | Sequence[Group]) -> Tensor:
-        """Return each member's score of each response, ``[B, M]``, fp32, on the members' own scales."""
+        """Return each member's score of each response, ``[B, M]``, fp32, on the members' own scales.
+
+        The responses of a batch are closed where they were cut off; those of groups must be.
+        """
+        groups = closed(self.base, batch) if isinstance(batch, sampling.Batch) else batch
         parts = []
         for role in self.roles:
             with self.base.acting_as(role):
-                if isinstance(batch, sampling.Batch):
-                    scores = sampling.scores(self.base, role, batch)
-                else:
-                    scores = score_groups(self.base, role, batch)
+                scores = score_groups(self.base, role, groups)
             parts.append(scores if scores.dim() == 2 else scores.unsqueeze(1))
         return torch.cat(parts, 1)
 

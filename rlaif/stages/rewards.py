@@ -25,7 +25,7 @@ def find_function(name: str, key: str = "ppo.reward_function") -> RewardFunction
         ConfigError: no package registers this name, or what it registers cannot be loaded.
     """
     known = {entry.name: entry for entry in entry_points(group=GROUP)}
-    rating = " (and `judge`, the judge's rating)" if key.startswith("ppo.") else ""
+    rating = " (and `judge`, the judge's rating)" if key == "ppo.reward_function" else ""
     if name not in known:
         raise ConfigError(
             f"{key}: `{name}` is not registered; known: {', '.join(sorted(known)) or 'none'}{rating}. A package "

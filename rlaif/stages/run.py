@@ -204,11 +204,17 @@ class Run:
             DeviceError: workers of `ray` cannot compute as the recipe says.
         """
         for stage in stages:
-            for name in self.recipe.engines_of(stage).values():
+            for name in self._engines_of(stage):
                 if name == RAY:
                     require(self.recipe.model, self.recipe.ray)
                 elif name != BASE:
                     self._endpoint(name).key(name)
+
+    def _engines_of(self, stage: str) -> set[str]:
+        """Return the engines that a stage may ask; `evaluate` asks the judges of `label` where it names none."""
+        evaluate = self.recipe.evaluate
+        borrows = stage == "evaluate" and evaluate.judge is None and evaluate.judge_prompts_per_tag > 0
+        return set(self.recipe.engines_of("label" if borrows else stage).values())
 
     @cached_property
     def _cluster(self) -> Cluster:

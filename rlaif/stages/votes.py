@@ -104,16 +104,22 @@ class Panel(NamedTuple):
         return self.judges[0].settings.name if len(self.judges) == 1 else "panel"
 
 
-def panel_of(run: Run, engines: Engines) -> Panel:
-    """Return the recipe's judges."""
+def panel_of(run: Run, engines: Engines, stage: str = NAME) -> Panel:
+    """Return the judges of a stage; their answers belong to its part of the journal."""
+    judges = [_judge(run, engines, one, stage) for one in judges_of(run, stage)]
+    return Panel(judges, run.recipe.label.principles == "together")
+
+
+def judges_of(run: Run, stage: str) -> list[JudgeSection]:
+    """Return the judges of a stage as the recipe has them; but for `evaluate`, which may name one, those of `label`."""
     label = run.recipe.label
-    return Panel([_judge(run, engines, one) for one in label.panel()], label.principles == "together")
+    return run.recipe.evaluate.panel(label) if stage == "evaluate" else label.panel()
 
 
-def _judge(run: Run, engines: Engines, section: JudgeSection) -> Judge:
+def _judge(run: Run, engines: Engines, section: JudgeSection, stage: str) -> Judge:
     label = run.recipe.label
     settings = settings_of(label, section)
-    common = (run.constitution, run.journal, run.progress, NAME, settings)
+    common = (run.constitution, run.journal, run.progress, stage, settings)
     if section.function:
         return Judge(None, *common, section.function, find_function(section.function, "label"))
     if section.adapter:
@@ -123,12 +129,11 @@ def _judge(run: Run, engines: Engines, section: JudgeSection) -> Judge:
     return Judge(engines.judge(name, chooses=section.method != "verdict"), *common, run.model_of(name))
 
 
-def asked(run: Run) -> list[Any]:
-    """Return what the judges' answers depend on besides the questions."""
-    label = run.recipe.label
+def asked(run: Run, stage: str = NAME) -> list[Any]:
+    """Return what the answers of a stage's judges depend on besides the questions."""
     return [
-        run.asked(one.engine or label.judge, chooses=one.method != "verdict")
-        for one in label.panel()
+        run.asked(one.engine or run.recipe.label.judge, chooses=one.method != "verdict")
+        for one in judges_of(run, stage)
         if not one.function and not one.adapter
     ]
 

@@ -1,0 +1,212 @@
+"""A reward put together from parts: scores of models, functions and the judge, less what length and repetition cost.
+
+What scores is combined first (`ppo.combine`): the weighted `sum` of the parts in standard deviations of the first
+rollout, the `worst` of them, or Llama 2's `gate` between two scores in logits (Touvron et al. 2023, arXiv 2307.09288,
+section 3.2.3). Penalties are then taken off, each at its weight. Higher is better in every part: a cost counts
+negatively. A part that says None of a response (only functions may) does not apply to it.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rlaif.errors import DataError
+from rlaif.maths.composition import Standard, gate, standard_of, standardize, weighted_sum, worst_of
+from rlaif.model.roles import SharedBase
+from rlaif.model.sampling import Batch, in_microbatches
+from rlaif.records import Prompt
+from rlaif.reward_parts import CompositeSection, RewardPart
+from rlaif.sections import Combination
+from rlaif.stages.judged_reward import judge_function
+from rlaif.stages.reward_model import COST, RewardModel
+from rlaif.stages.rewards import RewardFunction, call_function, call_where_it_applies, find_function
+from rlaif.stages.run import Run
+
+SCALE = "scale.json"
+Scorer = Callable[[Sequence[Prompt], Sequence[str], Batch], Tensor]
+
+
+class Scored(NamedTuple):
+    """What is said of ``B`` responses.
+
+    Attributes:
+        total: one score each, ``[B]``.
+        parts: by part, ``[B]``, NaN where it does not apply: standard deviations from the first rollout's mean, logits
+            with a `gate`, and of a penalty what it is taken for: tokens too many, or the share of repeated n-grams.
+    """
+
+    total: Tensor
+    parts: dict[str, Tensor]
+
+
+class Composite:
+    """The parts of a run's reward, and the scale that the first rollout gave them."""
+
+    def __init__(self, run: Run, base: SharedBase, model: RewardModel | None, stage: str):
+        """Find or load what scores.
+
+        Args:
+            run: the run, whose recipe lists the parts.
+            base: the shared base; the cost adapter is added to it.
+            model: the reward model, where a part names it.
+            stage: who asks; the judge's answers are stored under it.
+
+        Raises:
+            ConfigError: a function is not registered.
+            StageError: there is no cost adapter.
+        """
+        self.settings = run.recipe.ppo
+        self.standards: dict[str, Standard] = {}
+        self._models: dict[str, RewardModel] = {}
+        self._functions: dict[str, RewardFunction] = {}
+        for part in self.settings.rewards:
+            if part.cost:
+                self._models[part.name] = RewardModel.load(base, cost_stage(run), Combination(), COST)
+            elif part.model:
+                assert model, "the stage loads the reward model for the part that names it"
+                self._models[part.name] = model
+            elif part.function:
+                self._functions[part.name] = find_function(part.function, f"ppo.rewards: {part.name}")
+            elif part.judge:
+                self._functions[part.name] = judge_function(run, base, stage)
+
+    @torch.no_grad()
+    def score(self, rows: Sequence[Prompt], responses: Sequence[str], batch: Batch) -> Scored:
+        """Score responses; the first call's become the reference set, unless a scale has been restored.
+
+        Args:
+            rows: ``B`` prompts.
+            responses: their texts.
+            batch: the same, packed.
+
+        Raises:
+            DataError: a function returned no number where one is needed, or no part applies to a response.
+        """
+        raw = {part.name: self._raw(part, rows, responses, batch) for part in self.settings.rewards}
+        scoring = [part for part in self.settings.rewards if not part.is_penalty]
+        parts = raw
+        if self.settings.combine != "gate":
+            self.standards = self.standards or {part.name: _reference(part, raw[part.name]) for part in scoring}
+            parts = raw | {part.name: standardize(raw[part.name], self.standards[part.name]) for part in scoring}
+        total = self._gated(rows, parts) if self.settings.combine == "gate" else self._combined(scoring, rows, parts)
+        for part in self.settings.rewards:
+            if part.is_penalty:
+                total = total - part.weight * raw[part.name]
+        return Scored(total, parts)
+
+    def _combined(self, scoring: Sequence[RewardPart], rows: Sequence[Prompt], parts: dict[str, Tensor]) -> Tensor:
+        values = torch.stack([parts[part.name] for part in scoring], dim=1)  # [B, K]
+        applies = ~values.isnan()
+        alone = (~applies.any(dim=1)).nonzero().flatten().tolist()
+        if alone:
+            raise DataError(
+                f"ppo.rewards: no part that scores applies to a response to `{rows[alone[0]].id}`; PPO needs a number "
+                "for every response. Let a function return a number instead of None, or add a part."
+            )
+        if self.settings.combine == "worst":
+            return worst_of(values, applies)
+        return weighted_sum(values, values.new_tensor([part.weight for part in scoring]), applies)
+
+    def _gated(self, rows: Sequence[Prompt], parts: dict[str, Tensor]) -> Tensor:
+        safety, helpfulness = (
+            parts[name or ""] for name in (self.settings.gate_safety, self.settings.gate_helpfulness)
+        )
+        asked = torch.tensor([row.tag in self.settings.gate_tags for row in rows], device=safety.device)
+        return gate(safety, helpfulness, self.settings.gate_threshold, asked)
+
+    def _raw(self, part: RewardPart, rows: Sequence[Prompt], responses: Sequence[str], batch: Batch) -> Tensor:
+        """Return what a part's source says, ``[B]``, NaN where it does not apply."""
+        device = batch.ids.device
+        if part.name in self._models:
+            pieces = in_microbatches(batch, self.settings.microbatch)
+            scores = torch.cat([self._models[part.name].score(piece) for piece in pieces])
+            return -scores if part.cost else scores
+        if part.length:
+            return (batch.response_mask.sum(1) - part.length).clamp_min(0).float()
+        if part.repetition:
+            texts = [ids[mask].tolist() for ids, mask in zip(batch.response_ids, batch.response_mask, strict=True)]
+            return torch.tensor([repeated_share(ids, part.repetition) for ids in texts], device=device)
+        columns = {"tag": [row.tag for row in rows], "id": [row.id for row in rows]}
+        call = call_function if self.settings.combine == "gate" else call_where_it_applies
+        found = call(part.name, self._functions[part.name], [row.prompt for row in rows], responses, **columns)
+        return torch.tensor([torch.nan if value is None else value for value in found], device=device)
+
+
+def needs_reward_model(run: Run) -> bool:
+    """Tell whether PPO's reward takes the model of the stage `reward`."""
+    settings = run.recipe.ppo
+    return any(part.model for part in settings.rewards) or not (settings.reward_function or settings.rewards)
+
+
+def cost_stage(run: Run) -> Path:
+    """Return the folder of the stage `reward` whose cost adapter takes part: this run's, or the one named."""
+    return run.loaded.cost_stage or run.stage_folder("reward")
+
+
+def cost_files(run: Run) -> dict[str, Path]:
+    """Return the cost adapter that the reward depends on, for a stage's inputs; nothing where no part is a cost."""
+    named = any(part.cost for part in run.recipe.ppo.rewards)
+    return {"cost": cost_stage(run) / COST / "adapter"} if named else {}
+
+
+def composite_inputs(run: Run) -> dict[str, Any]:
+    """Return how the reward is put together, for the inputs of a stage after `ppo`; nothing where it has no parts."""
+    settings = run.recipe.ppo
+    return {"rewards": settings.model_dump(include=set(CompositeSection.model_fields))} if settings.rewards else {}
+
+
+def on_ppo_scale(run: Run, base: SharedBase, model: RewardModel | None, stage: str) -> Scorer:
+    """Return what scores responses as the last update of PPO would, ``[B]``, without penalties for a missing end.
+
+    Raises:
+        StageError: PPO has not finished, or there is no cost adapter.
+    """
+    composite = Composite(run, base, model, stage)
+    scale = json.loads(run.output("ppo", SCALE).read_text(encoding="utf-8"))
+    composite.standards = {name: Standard(*one) for name, one in scale["parts"].items()}
+    whole = Standard(scale["offset"], scale["scale"])
+
+    def score(rows: Sequence[Prompt], responses: Sequence[str], batch: Batch) -> Tensor:
+        return standardize(composite.score(rows, responses, batch).total, whole)
+
+    return score
+
+
+def repeated_share(ids: Sequence[int], n: int) -> float:
+    """Return the share of a response's n-grams of tokens that stood in it before; 0 where it has none.
+
+    Example:
+        ``repeated_share([5, 6, 5, 6, 5], 2)`` is 0.5: of (5, 6), (6, 5), (5, 6), (6, 5) the last two are repeats.
+    """
+    grams = [tuple(ids[start : start + n]) for start in range(len(ids) - n + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def part_figures(parts: dict[str, Tensor]) -> dict[str, float]:
+    """Return mean and standard deviation of each part over the responses that it applies to, as metrics."""
+    figures: dict[str, float] = {}
+    for name, values in parts.items():
+        applied = values[~values.isnan()]
+        if len(applied):
+            figures[f"rollout/score/{name}"] = applied.mean().item()
+            figures[f"rollout/score_std/{name}"] = applied.std(correction=0).item()
+    return figures
+
+
+def part_scores(parts: dict[str, Tensor], row: int) -> dict[str, Any]:
+    """Return what each part says of one response, for a file of samples; None where it does not apply."""
+    return {name: None if values[row].isnan() else values[row].item() for name, values in parts.items()}
+
+
+def _reference(part: RewardPart, scores: Tensor) -> Standard:
+    applied = scores[~scores.isnan()]
+    if not len(applied):
+        raise DataError(
+            f"ppo.rewards: the part `{part.name}` applies to none of the first {len(scores)} responses, so its scale "
+            "is unknown. Raise ppo.rollout_batch, or leave the part out."
+        )
+    return standard_of(applied)
