@@ -103,11 +103,11 @@ def _states(base: SharedBase, groups: Sequence[Group], layers: Sequence[int]) ->
         seen[len(base.lm.get_decoder().layers)] = base.packed(layout, layout.ids)
     states = torch.stack([seen[layer].reshape(len(layout.ids), -1) for layer in layers], 1).float().cpu()  # [N, S, H]
     found, place = [], 0
-    for prompt, responses in groups:
-        place += len(prompt)
+    for group in groups:
+        place += len(group.prompt)
         before = states[place - 1]
         own = []
-        for response in responses:
+        for response in group.responses:
             own.append(states[place : place + len(response)])
             place += len(response)
         ends, means = torch.stack([part[-1] for part in own]), torch.stack([part.mean(0) for part in own])

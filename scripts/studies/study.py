@@ -12,7 +12,7 @@ from heads import HeadSettings, inputs_of
 from torch import Tensor
 
 from rlaif.errors import DataError
-from rlaif.human.labels import read_labels
+from rlaif.human.labels import read_comparisons
 from rlaif.maths.agreement import wilson
 from rlaif.model.roles import SharedBase
 from rlaif.progress import Progress
@@ -70,7 +70,7 @@ def load(options: argparse.Namespace) -> Data:
     base = SharedBase.load(ModelSection(model_name_or_path=options.model))
     if not base.packs or not all(1 <= one <= len(base.lm.get_decoder().layers) for one in options.layers):
         raise DataError(f"--model {options.model}: the layers {options.layers} cannot be read; name others.")
-    imported = read_labels(options.data)
+    imported = read_comparisons(options.data)
     found = usable(base, imported.comparisons, options.max_length)
     rows = [row for row in found.rows if isinstance(row, Comparison) and row.preference > 0.5]
     about = f"{len(rows)} comparisons of {options.data.name}"
