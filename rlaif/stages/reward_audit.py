@@ -89,10 +89,8 @@ def words_margins(rows: Sequence[Comparison]) -> NDArray[np.float64]:
             [text_of(row.rejected) for row in rest],
             [row.preference for row in rest],
         )
-        chosen, rejected = (
-            fitted.scores([text_of(side(rows[place])) for place in own])
-            for side in (lambda row: row.chosen, lambda row: row.rejected)
-        )
+        chosen = fitted.scores([text_of(rows[place].chosen) for place in own])
+        rejected = fitted.scores([text_of(rows[place].rejected) for place in own])
         margins[own] = chosen - rejected
     return margins
 
