@@ -194,3 +194,10 @@ def every_resampled_mean(differences):
     """The exact bootstrap distribution: all n^n resamples, sorted; for a handful of numbers."""
     n = len(differences)
     return sorted(sum(draw) / n for draw in itertools.product(differences, repeat=n))
+
+
+def auroc(scores, positive):
+    """The share of all pairs of a positive and a negative row in which the positive one is higher; half for a tie."""
+    ones = [score for score, kind in zip(scores, positive, strict=True) if kind]
+    zeros = [score for score, kind in zip(scores, positive, strict=True) if not kind]
+    return sum((a > b) + 0.5 * (a == b) for a in ones for b in zeros) / (len(ones) * len(zeros))

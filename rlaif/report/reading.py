@@ -87,6 +87,19 @@ class Swapped(Part):
     mean_absolute: float | None
 
 
+class Disagreement(Part):
+    """A property of rows whose labels a reference speaks against more often than against others."""
+
+    kind: str
+    name: str
+    reference: str
+    rows: int
+    against: float
+    others_against: float
+    q: float
+    turned: Rate | None = None
+
+
 class RewardEvaluation(Part):
     """``calibration.json`` of the reward stage."""
 
@@ -99,6 +112,7 @@ class RewardEvaluation(Part):
     by_length_difference: list[Slice] = []
     length_correlation: dict[str, float | None] = {}
     counterfactual: dict[str, Swapped] = {}
+    disagreements: list[Disagreement] | None = None
     baselines: dict[str, Rate] = {}
     min_heldout_accuracy: float | None = None
     offset: float | None = None

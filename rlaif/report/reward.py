@@ -8,6 +8,7 @@ from rlaif.report.reading import CostEvaluation, RewardEvaluation
 from rlaif.report.wording import RULES, count, in_order, known, listed, mean, number, percent, rate, shown, tag_name
 
 _MODEL, _RULE = 0, 3
+_AUDITED = 5  # sentences
 _APT = 1.1  # a temperature within this factor of 1
 
 
@@ -24,7 +25,7 @@ def content(found: RewardEvaluation, cost: CostEvaluation | None) -> dict[str, A
         groups.append(("simple rules, on the same pairs", rules))
     title = "Accuracy on held-out pairs with 95 % intervals"
     return {
-        "reward_findings": findings(found) + biases(found) + (cost_findings(cost) if cost else []),
+        "reward_findings": findings(found) + biases(found) + audit(found) + (cost_findings(cost) if cost else []),
         "reward_accuracy": interval_chart(groups, title=title, reference=(0.5, "chance")),
         "reward_reliability": _reliability(found) if found.reliability else None,
     }
@@ -78,6 +79,28 @@ def biases(found: RewardEvaluation) -> list[str]:
             f"deviations, whichever way; on average by {mean(swapped.mean)}"
             + (", which is more than chance." if moved else ": no direction was shown.")
         )
+    return sentences
+
+
+def audit(found: RewardEvaluation) -> list[str]:
+    """Say what the labels have in common that a reference speaks against."""
+    if found.disagreements is None:
+        return []
+    if not found.disagreements:
+        return ["No words of prompts, annotator or source go with labels that the model or a bag of words disbelieves."]
+    kinds = {"words": "prompts with the words", "annotator": "rows of the annotator", "source": "rows of the source"}
+    sentences = []
+    for one in found.disagreements[:_AUDITED]:
+        sentence = (
+            f"On {count(one.rows)} {kinds.get(one.kind, one.kind)} \u201c{one.name}\u201d the {one.reference} speaks "
+            f"against {percent(one.against)} of the labels, elsewhere against {percent(one.others_against)} "
+            f"(q = {number(one.q)}): read them."
+        )
+        if one.turned and one.turned.rate is not None:
+            sentence += f" Ending a prompt with these words turns the model\u2019s preference in {rate(one.turned)}."
+        sentences.append(sentence)
+    if len(found.disagreements) > _AUDITED:
+        sentences.append(f"{count(len(found.disagreements) - _AUDITED)} more stand in disagreements.jsonl.")
     return sentences
 
 

@@ -8,7 +8,8 @@ harmful an answer is (Safe RLHF, arXiv 2310.12773), above 0 for unsafe.
 Writes ``adapter/`` (PEFT, sequence classification), ``metrics.jsonl`` and ``calibration.json``: what the model is
 worth on held-out rows, and the shift and scale that `ppo` applies. Further adapters and the cost adapter stand in
 folders of their own (``reward-2/``, ``cost/``). ``unused.jsonl`` holds the rows that nothing could be learned from,
-``suspects.jsonl`` the labels that the model disbelieves.
+``suspects.jsonl`` the labels that the model disbelieves, ``disagreements.jsonl`` the words of prompts, annotators and
+sources that go with labels which the model, or a bag of words, speaks against.
 """
 
 import json
@@ -23,6 +24,7 @@ from rlaif.errors import DataError
 from rlaif.model.roles import SharedBase
 from rlaif.records import Comparison, Demonstration, Ranking, Rating, Row, read_rows
 from rlaif.sections import Combination
+from rlaif.stages import reward_audit as audit
 from rlaif.stages import reward_calibration as worth
 from rlaif.stages.cards import write_reward_card
 from rlaif.stages.reward_data import (
@@ -183,7 +185,7 @@ def add_starting_role(run: Run, base: SharedBase, role: str) -> None:
 
 
 def measure(run: Run, base: SharedBase, roles: list[str], split: Split) -> dict[str, Any]:
-    """Measure the reward model on held-out rows; write ``calibration.json`` and ``suspects.jsonl``."""
+    """Measure the reward model on held-out rows; write ``calibration.json`` and what speaks against labels."""
     settings, folder = run.recipe.reward, run.stage_folder(NAME)
     members = sum(len(base.head_weight(role)) for role in roles)
     model = RewardModel(base, roles, [Scale(0.0, 1.0)] * members, _MEAN)
@@ -211,12 +213,17 @@ def measure(run: Run, base: SharedBase, roles: list[str], split: Split) -> dict[
         "reference": source,
         "length_correlation": worth.length_correlation(heldout, model.combine),
         "counterfactual": worth.counterfactual_gaps(model, split.heldout, model.scale.scale, settings.microbatch),
+        "disagreements": None,
     }
     if settings.suspects:
         every = [*split.train, *split.dev]
         own = worth.score_rows(model, every, settings.microbatch, run.progress, "scores of train rows")
         both = worth.Scored(own.rows + heldout.rows, own.members + heldout.members)
         files.write_jsonl(folder / "suspects.jsonl", worth.suspects(both, settings.suspects))
+        listed = audit.disagreements(both, model)
+        listed = audit.try_words(listed, model, split.heldout, settings.microbatch)
+        files.write_jsonl(folder / "disagreements.jsonl", listed)
+        result["disagreements"] = [row for row in listed if row["found"]]
     files.write_json(folder / CALIBRATION, result)
     for role in roles:
         adapter = part_folder(folder, role) / "adapter"
