@@ -258,10 +258,8 @@ def _interrupted() -> None:
         place = words.index("--from")
         del words[place : place + 2]
     launcher = "your launcher -m " if process_count() > 1 else ""
-    _stop(
-        f"\ninterrupted; nothing finished is lost. Continue with: {launcher}{shlex.join(['rlaif', *words])}",
-        INTERRUPTED,
-    )
+    command = launcher + shlex.join(["rlaif", *words])
+    _stop(f"\ninterrupted; nothing finished is lost. Continue with: {command}", INTERRUPTED)
 
 
 def _disk_is_full(problem: BaseException | None) -> bool:

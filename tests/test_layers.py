@@ -40,10 +40,11 @@ PLAIN = {
     "sameness",
     "files",
     "journal",
+    "launch",
     "progress",
 }
 TOP = {"report", "pipeline", "trace", "plan", "chat", "environment", "induce", "judging"}
-COMMANDS = {"cli", "constitution_cli"}
+COMMANDS = {"__main__", "cli", "constitution_cli"}
 ALLOWED = {
     "plain": set(),
     "maths": set(),
