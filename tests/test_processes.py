@@ -92,7 +92,7 @@ def rows_of(stage):
     return [demonstration(n, answer="yes, of course." * (1 + n % 3)) for n in range(SFT_ROWS)]
 
 
-REWARD_ROWS, SFT_ROWS = 11, 11
+REWARD_ROWS, SFT_ROWS = 12, 11
 
 
 def run_in(count, folder, model, stage, batch, *, prepare=lambda rank: None, **settings):

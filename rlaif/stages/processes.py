@@ -14,6 +14,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -21,7 +22,9 @@ from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
+import transformers
 from accelerate.data_loader import BatchSamplerShard
+from pydantic import BaseModel
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
@@ -83,6 +86,8 @@ def _announce(code: int) -> None:
 def _follow() -> NoReturn:
     """Do what the first process orders until it ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl+C reaches all processes; the first one answers it
+    warnings.simplefilter("ignore")  # the first process is given the same ones
+    transformers.logging.set_verbosity_error()
     threading.Thread(target=_end_with_the_first, args=(_join().store,), daemon=True).start()
     try:
         while True:
@@ -154,9 +159,12 @@ def refuse_unsupported() -> None:
 
 
 def order(module: str, **content: Any) -> None:
-    """Let the other processes, if there are any, call ``rlaif.stages.MODULE.follow`` with values that JSON can hold."""
+    """Let other processes, if there are any, call ``rlaif.stages.MODULE.follow`` with values that JSON can hold.
+
+    A recipe's sections among them arrive as what `model_dump` gives.
+    """
     if process_count() > 1:
-        data = json.dumps({"module": module, **content}).encode()
+        data = json.dumps({"module": module, **content}, default=BaseModel.model_dump).encode()
         group = _join().group
         dist.broadcast(torch.tensor([len(data)]), 0, group=group)
         dist.broadcast(torch.frombuffer(bytearray(data), dtype=torch.uint8), 0, group=group)
@@ -193,8 +201,7 @@ def options() -> dict[str, Any]:
     if process_count() == 1:
         return {}
     # Only the acting role's parameters are trainable, and every batch uses all of them.
-    found = {"ddp_find_unused_parameters": False, "ddp_broadcast_buffers": False}
-    return found | {"use_cpu": default_device().type == "cpu"}
+    return {"ddp_find_unused_parameters": False, "use_cpu": default_device().type == "cpu"}
 
 
 def exchange_trainable(module: nn.Module) -> None:
