@@ -16,6 +16,7 @@ import typer
 
 from rlaif.constitution_cli import constitution_app
 from rlaif.errors import RlaifError
+from rlaif.launch import process_count
 from rlaif.reward_cli import RECIPE, reward_app
 
 STAGE_TITLES = {
@@ -212,6 +213,16 @@ def models_fetch(name: Annotated[str, typer.Argument(help="An embedded model.")]
 
 
 def main() -> None:
+    """Run the command line, in the first of several processes where a launcher started them."""
+    if process_count() == 1:
+        run_command()
+    else:
+        from rlaif.stages.processes import lead_or_follow
+
+        lead_or_follow(run_command)
+
+
+def run_command() -> None:
     """Run the command line: exit 2 for what the user can mend, 130 for an interrupt, 1 for a bug of ours."""
     # Other libraries' notes to their own developers; everything a user should act on is said by this package.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\..*")
@@ -255,7 +266,9 @@ def _interrupted() -> None:
     if "--from" in words:
         place = words.index("--from")
         del words[place : place + 2]
-    _stop(f"\ninterrupted; nothing finished is lost. Continue with: {shlex.join(['rlaif', *words])}", INTERRUPTED)
+    launcher = "your launcher -m " if process_count() > 1 else ""
+    command = launcher + shlex.join(["rlaif", *words])
+    _stop(f"\ninterrupted; nothing finished is lost. Continue with: {command}", INTERRUPTED)
 
 
 def _disk_is_full(problem: BaseException | None) -> bool:

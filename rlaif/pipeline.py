@@ -26,6 +26,7 @@ from rlaif.documents import fingerprint
 from rlaif.errors import ConfigError, JournalError
 from rlaif.progress import Progress
 from rlaif.recipe import Loaded, load_recipe
+from rlaif.stages import processes
 from rlaif.stages.run import Run
 
 STARTED, CHECKPOINTS = "started.json", "checkpoints"
@@ -65,6 +66,7 @@ def run_recipe(
     for option in (first, last, only):
         if option is not None and option not in recipe.stages:
             raise ConfigError(f"{loaded.path}: has no stage `{option}`; its stages: {', '.join(recipe.stages)}.")
+    processes.refuse_unsupported()
     stages: list[str] = list(recipe.stages)
     order = list(stages)
     stages = stages[: order.index(last) + 1] if last else stages
@@ -134,7 +136,11 @@ def run_stage(run: Run, stage: str) -> None:
         run.progress.say(f"{folder.name}: up to date")
         return
     run.progress.say(f"{folder.name}" + ("" if reasons == ["no manifest"] else f" ({'; '.join(reasons)})"))
-    _prepare(folder, inputs)
+    launched = {"processes": run.processes} if run.processes > 1 and stage in processes.TRAIN_TOGETHER else {}
+    if launched:
+        run.progress.say(f"  training in {run.processes} processes")
+    # A training goes on with as many processes as it began with; once finished it holds for any number.
+    _prepare(folder, inputs | {name: str(value) for name, value in launched.items()})
     began = time.monotonic()
     _reset_peak()
     try:
@@ -145,7 +151,7 @@ def run_stage(run: Run, stage: str) -> None:
         stage=stage,
         inputs=inputs,
         outputs={name: sha256 for name, sha256 in journal.outputs_of(folder).items() if not _passing(name)},
-        counts=counts,
+        counts=counts | launched,
         seconds=round(time.monotonic() - began, 1),
         peak_memory_gib=round(peak_memory_gib(), 2),
         versions={name: version(name) for name in _PACKAGES},

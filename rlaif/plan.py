@@ -274,8 +274,8 @@ def _estimate_training(run: Run, one: StagePlan, earlier: Manifest | None, speed
         rows = [row for _, row in read_jsonl(path)] if path.is_file() else []
         sides = [row.get("messages") or [*row["prompt"], *row["chosen"], *row["chosen"]] for row in rows]
         lengths = [_tokens("".join(turn["content"] for turn in turns)) for turns in sides] or [0]
-        one.steps = steps_of(settings, max(1, round(len(rows) * (1 - settings.heldout_fraction))))
-        per_step = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
+        one.steps = steps_of(settings, max(1, round(len(rows) * (1 - settings.heldout_fraction))), run.processes)
+        per_step = settings.per_device_train_batch_size * settings.gradient_accumulation_steps * run.processes
         whole, passes = one.steps * per_step * statistics.fmean(lengths), _BACKWARD
     one.read_tokens = round(whole)
     done = earlier.counts.get("updates" if one.stage == "ppo" else "steps") if earlier else None

@@ -37,11 +37,11 @@ PLAIN = {
     "steering",
     "filters",
     "sameness",
-    *("files", "journal", "progress"),
+    *("files", "journal", "launch", "progress"),
 }
 TOP = {"report", "pipeline", "trace", "tree", "plan", "chat", "environment", "induce", "judging", "scoring"}
 TOP |= {"reward_server", "reward_service"}
-COMMANDS = {"cli", "constitution_cli", "reward_cli"}
+COMMANDS = {"__main__", "cli", "constitution_cli", "reward_cli"}
 ALLOWED = {
     "plain": set(),
     "maths": set(),

@@ -168,7 +168,9 @@ def test_the_number_of_steps_follows_from_epochs_rows_and_batch_sizes(
 ):
     settings = {"num_train_epochs": epochs, "per_device_train_batch_size": batch, "max_steps": max_steps}
     section = SftSection(**settings, gradient_accumulation_steps=accumulation)
-    assert training.steps_of(section, rows) == steps
+    assert training.steps_of(section, rows, 1) == steps
+    halved = section.model_copy(update={"per_device_train_batch_size": batch // 2})
+    assert training.steps_of(halved, rows, 2) == steps
 
 
 def test_transformers_takes_as_many_steps_as_announced(opened):

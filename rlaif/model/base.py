@@ -22,6 +22,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from rlaif import launch
 from rlaif.documents import file_sha256
 from rlaif.errors import DeviceError, ModelError
 from rlaif.model import builtin
@@ -54,8 +55,10 @@ class Base:
 
 
 def default_device() -> torch.device:
-    """Return the first NVIDIA GPU, else the CPU."""
-    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    """Return the first NVIDIA GPU, or this process's own among several; else the CPU."""
+    if launch.only_cpu() or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", launch.local_rank())
 
 
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:

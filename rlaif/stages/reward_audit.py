@@ -20,9 +20,9 @@ from rlaif import bag_of_words
 from rlaif.maths import agreement
 from rlaif.maths.association import Association, associations
 from rlaif.records import Comparison, Messages, text_of
-from rlaif.stages.reward_calibration import Scored, encode_group, pairs_of
+from rlaif.stages.reward_calibration import Scored, pairs_of
 from rlaif.stages.reward_data import Labelled, prompt_key
-from rlaif.stages.reward_model import RewardModel
+from rlaif.stages.reward_model import RewardModel, encode_group
 
 MODEL, WORDS = "reward model", "bag of words"
 RATE = 0.05  # of false finds among the finds

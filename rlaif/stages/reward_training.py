@@ -1,7 +1,9 @@
 """Training one adapter with a head on the shared base, by `transformers.Trainer` with the losses of this package."""
 
+import functools
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +13,17 @@ from torch import Tensor, nn
 from transformers import (
     EarlyStoppingCallback,
     PrinterCallback,
-    Trainer,
+    TrainerCallback,
     TrainerControl,
     TrainerState,
     TrainingArguments,
 )
 
+from rlaif.launch import process_count
 from rlaif.model.groups import Group, score_groups
 from rlaif.model.roles import SharedBase
-from rlaif.recipe import RewardSection
+from rlaif.recipe import ModelSection, PairLoss, RewardSection
+from rlaif.stages.processes import SharingTrainer, exchange_trainable, order, share, together, totals
 from rlaif.stages.reward_data import Example
 from rlaif.stages.reward_losses import example_losses, head_weights
 from rlaif.stages.run import Run
@@ -59,7 +63,7 @@ class Scorer(nn.Module):
         return scores if scores.dim() == 2 else scores.unsqueeze(1)
 
 
-class RewardTrainer(Trainer):  # type: ignore[misc]
+class RewardTrainer(SharingTrainer):
     """`Trainer` with the losses of labels; its checkpoints hold the role alone."""
 
     def __init__(self, *args: Any, settings: RewardSection, scorer: Scorer, watched: Sequence[Example], **kwargs: Any):
@@ -68,44 +72,53 @@ class RewardTrainer(Trainer):  # type: ignore[misc]
         self._seen: list[Tensor] = []
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **_: Any) -> Any:
-        """Return the weighted mean loss of a batch of examples."""
+        """Return the weighted mean loss of a batch of examples, of which this process has a share.
+
+        `Trainer` reports the mean over processes, and its gradients are theirs: hence a sum over the share, divided by
+        the size of the whole batch, times the number of processes.
+        """
         examples: list[Example] = inputs["examples"]
         scores = model(examples)
         found = example_losses(scores, examples, self._settings)
         heads = found.losses.shape[1]
         counts = [[e.weight * w for w in head_weights(e.id, heads, self.args.seed)] for e in examples]
-        loss = (found.losses * found.losses.new_tensor(counts)).mean()
-        self._seen.append(found.gaps)
+        whole = inputs["whole"] * heads
+        loss = (found.losses * found.losses.new_tensor(counts)).sum() / whole * process_count()
+        self._seen.append(found.gaps if any(e.weight for e in examples) else found.gaps[:0])
         return (loss, {"scores": scores}) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add accuracy and margin on the training pairs since the last entry."""
         if self._seen and "loss" in logs:
             gaps = torch.cat(self._seen)
-            if len(gaps):
-                logs = {**logs, "accuracy": (gaps > 0).float().mean().item(), "margin": gaps.mean().item()}
+            pairs, right, margins = totals(len(gaps), (gaps > 0).sum().item(), gaps.sum().item())
+            if pairs:
+                logs = {**logs, "accuracy": right / pairs, "margin": margins / pairs}
             self._seen = []
         super().log(logs, *args, **kwargs)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Measure the loss and the accuracy on the watched examples."""
-        losses, gaps = [], []
-        size = self.args.per_device_eval_batch_size
+        own, size = share(self._watched), self.args.per_device_eval_batch_size
+        loss, right, pairs = 0.0, 0.0, 0.0
         with torch.no_grad():
-            for start in range(0, len(self._watched), size):
-                part = self._watched[start : start + size]
+            for start in range(0, len(own), size):
+                part = own[start : start + size]
                 found = example_losses(self._scorer(part), part, self._settings)
-                losses.append(found.losses.mean(1) * found.losses.new_tensor([e.weight for e in part]))
-                gaps.append(found.gaps)
-        every = torch.cat(gaps)
-        metrics = {"eval_loss": torch.cat(losses).mean().item()}
-        if len(every):
-            metrics["eval_accuracy"] = (every > 0).float().mean().item()
+                weights = found.losses.new_tensor([e.weight for e in part])
+                loss += (found.losses.mean(1) * weights).sum().item()
+                right, pairs = right + (found.gaps > 0).sum().item(), pairs + len(found.gaps)
+        loss, right, pairs = totals(loss, right, pairs)  # alike in all processes, so that they stop together
+        metrics = {"eval_loss": loss / len(self._watched)}
+        if pairs:
+            metrics["eval_accuracy"] = right / pairs
         self.log(metrics)
         self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if not self.args.should_save:
+            return
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         named = self._scorer.base.named_parameters_of(self._scorer.role)
@@ -137,24 +150,54 @@ class RewardTrainer(Trainer):  # type: ignore[misc]
         return stopped
 
 
-def train(run: Run, base: SharedBase, job: Job, settings: RewardSection) -> int:
-    """Train a role of the base, from the beginning or from its newest complete checkpoint; return the steps taken."""
+def train(run: Run, base: SharedBase, job: Job, settings: RewardSection, start: Path | None = None) -> int:
+    """Train a role of the base, from the beginning or from its newest complete checkpoint; return the steps taken.
+
+    Args:
+        run: the run.
+        base: the shared base, which has the role.
+        job: what is trained, and on what.
+        settings: the recipe's section.
+        start: the adapter that the role was loaded from, so that other processes can add it alike.
+    """
     steps = steps_of(settings, len(job.train), run.processes)
     checkpoint = resume_point(run, job.folder, measured_at_end=False)
     options = arguments(run, settings, job.folder) | {"seed": job.seed} | _watching(settings)
     title = f"training {job.role}" if job.role != "reward" else "training"
-    with (
-        run.progress.task(title, steps - step_of(checkpoint)) as task,
-        base.acting_as(job.role, training=True),
-    ):
+    with run.progress.task(title, steps - step_of(checkpoint)) as task, together():
+        order(
+            "reward_training",
+            model=run.recipe.model.model_dump(),
+            settings=settings.model_dump(),
+            added={"head": True, "outputs": len(base.head_weight(job.role)), "adapter": start and str(start)},
+            job=asdict(job) | {"folder": str(job.folder)},
+            options=options,
+            checkpoint=checkpoint,
+            steps=steps,
+        )
+        return _train(base, job, settings, options, checkpoint, steps, [Recorder(job.folder, job.role, task)])
+
+
+def _train(
+    base: SharedBase,
+    job: Job,
+    settings: RewardSection,
+    options: dict[str, Any],
+    checkpoint: str | None,
+    steps: int,
+    callbacks: list[TrainerCallback],
+) -> int:
+    with base.acting_as(job.role, training=True):
+        scorer = Scorer(base, job.role)
+        exchange_trainable(scorer)
         trainer = RewardTrainer(
             args=TrainingArguments(**options),
             train_dataset=list(job.train),
             eval_dataset=list(job.watched),
             data_collator=_collate,
-            callbacks=[Recorder(job.folder, job.role, task)],
+            callbacks=callbacks,
             settings=settings,
-            scorer=Scorer(base, job.role),
+            scorer=scorer,
             watched=job.watched,
         )
         trainer.remove_callback(PrinterCallback)
@@ -162,13 +205,44 @@ def train(run: Run, base: SharedBase, job: Job, settings: RewardSection) -> int:
             trainer.add_callback(EarlyStoppingCallback(settings.early_stopping_patience))
         if not trainer.stopped_early(checkpoint):
             train_to(trainer, checkpoint, steps)
-        taken = int(trainer.state.global_step)
-    return taken
+        return int(trainer.state.global_step)
+
+
+def follow(told: dict[str, Any]) -> None:
+    """Take part in the training of one role that the first of several processes orders."""
+    base = _base(json.dumps(told["model"]))
+    job, added = told["job"], told["added"]
+    rows = {name: [_example(row) for row in job[name]] for name in ("train", "watched")}
+    base.add_role(job["role"], trainable=True, **added | {"adapter": added["adapter"] and Path(added["adapter"])})
+    _train(
+        base,
+        Job(job["role"], Path(job["folder"]), **rows, seed=job["seed"]),
+        RewardSection(**told["settings"]),
+        told["options"] | {"report_to": "none"},
+        told["checkpoint"],
+        told["steps"],
+        [],
+    )
+    base.freeze(job["role"])
+
+
+@functools.lru_cache(maxsize=1)
+def _base(model: str) -> SharedBase:
+    """Keep the base that roles were trained on before, for a further one."""
+    return SharedBase.load(ModelSection(**json.loads(model)))
+
+
+def _example(row: dict[str, Any]) -> Example:
+    return Example(**row | {"loss": PairLoss(**row["loss"]), "signs": tuple(row["signs"])})
 
 
 def _collate(rows: Sequence[Example]) -> dict[str, Any]:
-    """Keep examples as they are; the tensor beside them tells `accelerate` the size of the batch."""
-    return {"size": torch.zeros(len(rows)), "examples": list(rows)}
+    """Keep a process's share of the examples as they are, one that counts nothing where a short batch has none for it.
+
+    The tensor beside them tells `accelerate` the size of the batch.
+    """
+    own = share(rows) or [replace(rows[0], weight=0.0)]
+    return {"size": torch.zeros(len(own)), "examples": list(own), "whole": len(rows)}
 
 
 def _watching(settings: RewardSection) -> dict[str, Any]:

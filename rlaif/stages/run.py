@@ -1,7 +1,6 @@
 """What every stage is given: the recipe, the run folder, the journal, the constitution and the prompts."""
 
 import hashlib
-import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from rlaif.engines.ray import Cluster, RayEngine, require
 from rlaif.engines.server import ServerEngine
 from rlaif.errors import ConfigError, DataError, StageError
 from rlaif.journal import Journal
+from rlaif.launch import process_count
 from rlaif.model import builtin
 from rlaif.model.roles import SharedBase
 from rlaif.progress import Progress
@@ -151,7 +151,7 @@ class Run:
     @property
     def processes(self) -> int:
         """How many processes train together: more than 1 under `accelerate launch`."""
-        return int(os.environ.get("WORLD_SIZE", "1"))
+        return process_count()
 
     def load_base(self) -> SharedBase:
         """Load the base model afresh: each stage adds its own roles to it."""

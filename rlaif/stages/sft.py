@@ -7,17 +7,20 @@ Writes ``adapter/`` (a plain PEFT folder) and ``metrics.jsonl``.
 """
 
 import hashlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from datasets import Dataset, disable_progress_bars
-from transformers import PrinterCallback
+from torch.utils.data import DataLoader
+from transformers import PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from rlaif.errors import DataError
 from rlaif.model.roles import SharedBase
+from rlaif.recipe import ModelSection
 from rlaif.records import Demonstration, read_rows, text_of
 from rlaif.stages.cards import write_policy_card
+from rlaif.stages.processes import SharingTrainer, exchange_trainable, order, share, together
 from rlaif.stages.run import Run
 from rlaif.stages.training import Recorder, arguments, last_metrics, resume_point, step_of, steps_of, train_to
 
@@ -54,15 +57,12 @@ def sft(run: Run) -> dict[str, Any]:
             f"than {longest} tokens and {len(heldout)} are held out. Raise sft.max_length, lower sft.heldout_fraction, "
             "or revise more prompts."
         )
-    steps = steps_of(settings, len(train))
+    steps = steps_of(settings, len(train), run.processes)
     checkpoint = resume_point(run, folder)
-    with run.progress.task("training", steps - step_of(checkpoint)) as task, base.acting_as(ROLE, training=True):
-        trainer = _trainer(run, base, train, heldout, Recorder(folder, NAME, task))
-        if checkpoint is None and heldout:
-            trainer.evaluate()
-        train_to(trainer, checkpoint, steps)
-        if heldout:
-            trainer.evaluate()
+    plan = Plan(train, heldout, _options(run), checkpoint, steps)
+    with run.progress.task("training", steps - step_of(checkpoint)) as task, together():
+        order(NAME, model=run.recipe.model.model_dump(), **plan._asdict())
+        _train(base, plan, [Recorder(folder, NAME, task)])
     base.save_role(ROLE, folder / "adapter")
     last = last_metrics(folder)
     loss = last.get("sft/heldout_loss")
@@ -92,24 +92,69 @@ def _held_out(row: Demonstration, fraction: float) -> bool:
     return int.from_bytes(digest[:8], "big") / 2**64 < fraction
 
 
-def _trainer(run: Run, base: SharedBase, train: list[Any], heldout: list[Any], recorder: Recorder) -> SFTTrainer:
+class Plan(NamedTuple):
+    """A training as each process is told it: encoded rows, arguments of `SFTConfig`, where from and how far."""
+
+    train: list[dict[str, list[int]]]
+    heldout: list[dict[str, list[int]]]
+    options: dict[str, Any]
+    checkpoint: str | None
+    steps: int
+
+
+class _Trainer(SharingTrainer, SFTTrainer):  # type: ignore[misc]
+    """TRL's trainer; each process collates its share of a batch."""
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        collate: Any = self.data_collator  # type: ignore[has-type]
+        self.data_collator = lambda rows: collate(share(rows) or [_unlabelled(rows[0])])
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = collate
+
+
+def _unlabelled(row: dict[str, list[int]]) -> dict[str, list[int]]:
+    """Return a row that adds nothing to the loss, for a process that a short batch has none for."""
+    return {**row, "labels": [-100] * len(row["input_ids"])}
+
+
+def _options(run: Run) -> dict[str, Any]:
     settings = run.recipe.sft
+    own = {"max_length": settings.max_length, "loss_type": "nll", "eval_strategy": "no"}
+    return arguments(run, settings, run.stage_folder(NAME)) | own
+
+
+def _train(base: SharedBase, plan: Plan, callbacks: list[TrainerCallback]) -> None:
+    """Train the role from the beginning or from a checkpoint, measuring the held-out loss before and after."""
+    with base.acting_as(ROLE, training=True):
+        trainer = _trainer(base, plan, callbacks)
+        if plan.checkpoint is None and plan.heldout:
+            trainer.evaluate()
+        train_to(trainer, plan.checkpoint, plan.steps)
+        if plan.heldout:
+            trainer.evaluate()
+
+
+def _trainer(base: SharedBase, plan: Plan, callbacks: list[TrainerCallback]) -> SFTTrainer:
     disable_progress_bars()
-    config = SFTConfig(
-        **arguments(run, settings, run.stage_folder(NAME)),
-        max_length=settings.max_length,
-        loss_type="nll",
-        eval_strategy="no",
-    )
-    trainer = SFTTrainer(
+    trainer = _Trainer(
         model=base.peft,
-        args=config,
-        train_dataset=Dataset.from_list(train),
-        eval_dataset=Dataset.from_list(heldout) if heldout else None,
+        args=SFTConfig(**plan.options),
+        train_dataset=Dataset.from_list(plan.train),
+        eval_dataset=Dataset.from_list(plan.heldout) if plan.heldout else None,
         processing_class=base.tokenizer.raw,
-        callbacks=[recorder],
+        callbacks=callbacks,
     )
     trainer.remove_callback(PrinterCallback)
     for _, parameter in base.named_parameters_of(ROLE):
         parameter.data = parameter.data.to(torch.float32)  # on a quantized base SFTTrainer casts them to bf16
+    exchange_trainable(base.peft)
     return trainer
+
+
+def follow(told: dict[str, Any]) -> None:
+    """Take part in the training that the first of several processes orders."""
+    base = SharedBase.load(ModelSection(**told.pop("model")))
+    base.add_role(ROLE, trainable=True)
+    _train(base, Plan(**told)._replace(options=told["options"] | {"report_to": "none"}), [])

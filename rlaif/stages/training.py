@@ -13,6 +13,7 @@ from rlaif.errors import StageError
 from rlaif.progress import Task
 from rlaif.recipe import TrainingSection
 from rlaif.records import read_jsonl
+from rlaif.stages import processes
 from rlaif.stages.run import Run
 
 METRICS = "metrics.jsonl"
@@ -23,7 +24,8 @@ def arguments(run: Run, settings: TrainingSection, folder: Path) -> dict[str, An
     """Return the keyword arguments of `TrainingArguments` for one stage of a run.
 
     A checkpoint keeps no sums that wait to be logged, so checkpoints are written at steps that are logged: `save_steps`
-    is rounded up to a multiple of `logging_steps`.
+    is rounded up to a multiple of `logging_steps`. Of several processes each draws the batches of all and computes its
+    share (`SharingTrainer`).
     """
     set_seed(run.recipe.seed)
     save_steps = -(-settings.save_steps // settings.logging_steps) * settings.logging_steps
@@ -32,7 +34,7 @@ def arguments(run: Run, settings: TrainingSection, folder: Path) -> dict[str, An
         "seed": run.recipe.seed,
         "num_train_epochs": settings.num_train_epochs,
         "max_steps": settings.max_steps,
-        "per_device_train_batch_size": settings.per_device_train_batch_size,
+        "per_device_train_batch_size": settings.per_device_train_batch_size * run.processes,
         "per_device_eval_batch_size": settings.per_device_train_batch_size,
         "gradient_accumulation_steps": settings.gradient_accumulation_steps,
         "learning_rate": settings.learning_rate,
@@ -52,6 +54,7 @@ def arguments(run: Run, settings: TrainingSection, folder: Path) -> dict[str, An
         "dataloader_pin_memory": torch.cuda.is_available(),
         "remove_unused_columns": False,
         "disable_tqdm": True,
+        **processes.options(),
     }
 
 
@@ -154,7 +157,7 @@ def last_metrics(folder: Path) -> dict[str, Any]:
     return result
 
 
-def steps_of(settings: TrainingSection, rows: int, processes: int = 1) -> int:
+def steps_of(settings: TrainingSection, rows: int, processes: int) -> int:
     """Return how many optimizer steps a training takes."""
     if settings.max_steps > 0:
         return settings.max_steps
