@@ -159,7 +159,7 @@ def train_role(run: Run, base: SharedBase, role: str, split: Split) -> int:
     job = Job(role, folder, learned, watched, seed)
     if not job.train:
         raise DataError(f"{folder}: no row of weight above 0 is left to train on. Look at reward.weights.")
-    steps = train(run, base, job, settings, start)
+    steps = train(run, base, job, settings, starting_adapter(run))
     files.write_json(folder / "trained.json", {"steps": steps, "examples": len(job.train)})
     base.save_role(role, folder / "adapter")
     base.freeze(role)

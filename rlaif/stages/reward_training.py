@@ -167,7 +167,7 @@ def train(run: Run, base: SharedBase, job: Job, settings: RewardSection, start: 
     with run.progress.task(title, steps - step_of(checkpoint)) as task, together():
         order(
             "reward_training",
-            model=run.recipe.model.model_dump(),
+            model=(run.recipe.reward_base() if settings.model else run.recipe.model).model_dump(),
             settings=settings.model_dump(),
             added={"head": True, "outputs": len(base.head_weight(job.role)), "adapter": start and str(start)},
             job=asdict(job) | {"folder": str(job.folder)},
@@ -210,7 +210,7 @@ def _train(
 
 def follow(told: dict[str, Any]) -> None:
     """Take part in the training of one role that the first of several processes orders."""
-    base = _base(json.dumps(told["model"]))
+    base = _base(json.dumps(told["model"]), bool(told["settings"]["model"]))
     job, added = told["job"], told["added"]
     rows = {name: [_example(row) for row in job[name]] for name in ("train", "watched")}
     base.add_role(job["role"], trainable=True, **added | {"adapter": added["adapter"] and Path(added["adapter"])})
@@ -227,9 +227,9 @@ def follow(told: dict[str, Any]) -> None:
 
 
 @functools.lru_cache(maxsize=1)
-def _base(model: str) -> SharedBase:
+def _base(model: str, classifier: bool) -> SharedBase:
     """Keep the base that roles were trained on before, for a further one."""
-    return SharedBase.load(ModelSection(**json.loads(model)))
+    return SharedBase.load(ModelSection(**json.loads(model)), classifier=classifier)
 
 
 def _example(row: dict[str, Any]) -> Example:
