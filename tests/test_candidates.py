@@ -106,7 +106,7 @@ def test_an_adapter_folder_may_answer_too(make: Maker, tmp_path: Path) -> None:
     settings = {"candidates": "policies", "policies": ["base", "mine"]}
     run = make(ScriptedEngine(sample), label=settings)
     assert run.loaded.adapters == {"mine": tmp_path / "mine"}
-    with pytest.raises(ConfigError, match="label: no adapter in `yours`; looked beside the recipe"):
+    with pytest.raises(ConfigError, match="label or reward: no adapter in `yours`; looked beside the recipe"):
         make(ScriptedEngine(sample), label={"candidates": "policies", "policies": ["base", "yours"]})
 
 

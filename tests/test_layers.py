@@ -232,7 +232,7 @@ def test_the_command_line_imports_only_errors_until_a_command_runs() -> None:
         found = {name for node in at_import(PACKAGE / f"{module}.py") for name in imported(node)}
         return {name for name in found if name.startswith("rlaif")}
 
-    assert names("cli") == {"rlaif.errors", "rlaif.constitution_cli", "rlaif.reward_cli"}
+    assert names("cli") == {"rlaif.errors", "rlaif.launch", "rlaif.constitution_cli", "rlaif.reward_cli"}
     assert names("constitution_cli") == {"rlaif.errors"}
 
 

@@ -197,7 +197,7 @@ def test_any_text_appears_unchanged_and_once_in_every_prompt(data: Any) -> None:
     template = load_template(name)
     values = {key: f"<{key}>{data.draw(awkward)}</{key}>" for key in template.variables}
     shown = template.render(**values)
-    times = {"fence": 2 * template.source.count("[{{ fence }}] ")}  # the mark stands on both sides of each text
+    times = {"fence": template.source.count("{{ fence }}")}  # the mark stands on both sides of each text
     assert {key: shown.count(value) for key, value in values.items()} == {key: times.get(key, 1) for key in values}
     assert "49" not in shown.replace("".join(values.values()), "") or any("49" in value for value in values.values())
 
