@@ -245,9 +245,9 @@ def test_without_an_sft_stage_or_from_the_base_nothing_of_it_is_read(opened):
 def test_a_stage_without_rows_to_train_on_or_to_measure_with_says_so_before_training(opened):
     ties = [comparison(n, preference=0.5) for n in range(6)]
     cases = (
-        (ROWS, {"heldout_fraction": 0.0}, "12 usable .none set aside.*0 comparisons to measure with"),
+        (ROWS, {"heldout_fraction": 0.0}, "12 usable .none set aside.*0 pairs to measure with"),
         (ROWS, {"max_length": 3}, "0 usable .longer than max_length: 12.*0 to train on"),
-        (ties, {}, "0 comparisons to measure with that prefer one answer"),
+        (ties, {}, "0 pairs to measure with that prefer one answer"),
     )
     for rows, settings, message in cases:
         run = opened(rows=rows, **settings)
@@ -273,7 +273,8 @@ def test_rankings_and_ratings_are_learned_from_beside_comparisons(opened):
     assert set(reward.inputs(run)) - set(before) == {"ratings", "rankings"}
     counts = reward.reward(run)
     assert counts["rows"] == counts["train"] + counts["heldout"] == 22
-    assert evaluation(run)["train_rows"] > evaluation(run)["train_pairs"]
+    assert evaluation(run)["train_rows"] == counts["train"]
+    assert evaluation(run)["by_source"].keys() == {"construction", "human"}  # measured on all kinds
 
 
 def test_several_heads_and_adapters_are_members_that_differ_and_reload(opened):
@@ -381,3 +382,13 @@ def test_costs_without_both_signs_are_refused_with_what_was_found(opened):
     safe = [row.model_copy(update={"rejected_safe": True}) for row in SAFETY]
     with pytest.raises(DataError, match=r"answers of both signs.*16 safe and 0 unsafe.*label\.safety"):
         reward.reward(opened(rows=safe, cost=True, max_steps=1))
+
+
+def test_ratings_alone_are_enough_to_learn_from_and_to_measure_with(opened):
+    run = opened(rows=[], max_steps=12, num_train_epochs=20.0, per_device_train_batch_size=4)
+    rows = [rating(n, ("good " if n % 2 else "bad ") * (1 + n % 3), float(n % 2), prompt=f"r{n}") for n in range(24)]
+    files.write_jsonl(run.stage_folder("label") / "ratings.jsonl", rows)
+    counts = reward.reward(run)
+    assert counts["rows"] == 24
+    assert counts["heldout_accuracy"] > 0.5
+    assert evaluation(run)["train_pairs"] > 0

@@ -144,7 +144,8 @@ def test_rows_are_scored_in_any_order_of_batches_and_come_back_in_theirs(base):
         torch.cat(alone.members).flatten().tolist(), abs=1e-5
     )
     pairs, gaps = worth.pairs_of(together, model.combine)
-    assert [row.id for row in pairs] == ["c-1", "c-4"]
+    assert [row.id for row in pairs] == ["c-1", "k-3/0-1", "k-3/0-2", "k-3/1-2", "c-4"]
+    assert gaps[2] == together.members[2][0, 0] - together.members[2][2, 0]
     assert gaps[0] == together.members[0][0, 0] - together.members[0][1, 0]
 
 

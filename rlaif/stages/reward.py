@@ -49,6 +49,7 @@ from rlaif.stages.reward_model import (
     part_folder,
     roles_of,
 )
+from rlaif.stages.reward_pairs import decided, pairs_among
 from rlaif.stages.reward_training import Job, train
 from rlaif.stages.run import Run
 
@@ -130,13 +131,13 @@ def refuse_too_few(run: Run, rows: list[Labelled], found: Usable, split: Split) 
     Raises:
         DataError: says how many rows there were, why others were set aside, and what to change.
     """
-    decided = [row for row in split.heldout if isinstance(row, Comparison) and row.preference > 0.5]
-    if split.train and decided:
+    measured = decided(pairs_among(split.heldout))
+    if split.train and measured:
         return
     reasons = ", ".join(f"{reason}: {count}" for reason, count in count_reasons(found.unused).items() if count)
     raise DataError(
         f"{run.stage_folder(NAME)}: {len(rows)} rows, {len(found.rows)} usable ({reasons or 'none set aside'}), "
-        f"give {len(split.train)} to train on and {len(decided)} comparisons to measure with that prefer one answer; "
+        f"give {len(split.train)} to train on and {len(measured)} pairs to measure with that prefer one answer; "
         "both need some. Label more, or raise reward.max_length or reward.heldout_fraction."
     )
 
@@ -201,7 +202,7 @@ def measure(run: Run, base: SharedBase, roles: list[str], split: Split) -> dict[
         for centred, spread in zip(worth.scales_of(centre), worth.scales_of(scored), strict=True)
     ]
     rows, gaps = worth.pairs_of(heldout, model.combine)
-    seen = [row for row in split.train if isinstance(row, Comparison)]
+    seen = [pair.comparison for pair in pairs_among(split.train)]
     result = worth.describe_pairs(rows, gaps, seen)
     result |= {
         "min_heldout_accuracy": settings.min_heldout_accuracy,

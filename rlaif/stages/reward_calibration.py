@@ -17,6 +17,7 @@ from rlaif.progress import Progress
 from rlaif.records import Comparison, Demonstration, Messages, text_of
 from rlaif.stages.reward_data import Labelled, answers_of
 from rlaif.stages.reward_model import RewardModel, Scale, encode_group
+from rlaif.stages.reward_pairs import pairs_among
 
 _SMALLEST_SCALE = 1e-6
 _SLICES = 4
@@ -69,12 +70,11 @@ def references(demonstrations: Sequence[Demonstration], heldout: Scored) -> tupl
 
 
 def pairs_of(scored: Scored, score: Callable[[Tensor], Tensor]) -> tuple[list[Comparison], Tensor]:
-    """Return the comparisons among scored rows and the gap, chosen minus rejected, of each."""
-    found = [
-        (row, score(own)) for row, own in zip(scored.rows, scored.members, strict=True) if isinstance(row, Comparison)
-    ]
-    gaps = [scores[0] - scores[1] for _, scores in found]
-    return [row for row, _ in found], torch.stack(gaps) if gaps else torch.empty(0)
+    """Return the pairs that the labels of scored rows allow, and the gap, better minus worse, of each."""
+    found = pairs_among(scored.rows)
+    scores = [score(own) for own in scored.members]
+    gaps = [scores[pair.better[0]][pair.better[1]] - scores[pair.worse[0]][pair.worse[1]] for pair in found]
+    return [pair.comparison for pair in found], torch.stack(gaps) if gaps else torch.empty(0)
 
 
 def describe_pairs(rows: Sequence[Comparison], gaps: Tensor, train: Sequence[Comparison]) -> dict[str, Any]:

@@ -1,0 +1,85 @@
+"""Which answers can be compared by their labels: the pairs of comparisons, of rankings, and of ratings.
+
+A reward model is measured on pairs. Comparisons are pairs; a ranking gives one for each two answers of different ranks;
+ratings give one for each two answers to a prompt that an annotator has rated differently. Where ratings are all there
+is and no prompt has two, answers to different prompts are compared: on the scale that a rating has been learned on,
+that is what it says.
+"""
+
+import itertools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from rlaif.records import Comparison, Messages, Ranking, Rating
+from rlaif.stages.reward_data import Labelled, prompt_key
+
+Place = tuple[int, int]  # of an answer: which row, and which of its answers
+
+
+class Pair(NamedTuple):
+    """Two answers as a comparison, and where the better and the worse one stand among the rows."""
+
+    comparison: Comparison
+    better: Place
+    worse: Place
+
+
+def pairs_among(rows: Sequence[Labelled]) -> list[Pair]:
+    """Return all pairs that labels decide, and comparisons that are ties, in the order of the rows."""
+    found = [pair for index, row in enumerate(rows) for pair in _of_row(index, row)]
+    rated = [(index, row) for index, row in enumerate(rows) if isinstance(row, Rating)]
+    same = [
+        pair
+        for (one, first), (other, second) in itertools.combinations(rated, 2)
+        if first.annotator == second.annotator and first.prompt == second.prompt
+        for pair in _rated(one, first, other, second)
+    ]
+    if found or same:
+        return found + same
+    shuffled = sorted(rated, key=lambda item: (item[1].annotator, prompt_key(item[1]), item[1].id))
+    return [
+        pair
+        for (one, first), (other, second) in itertools.pairwise(shuffled)
+        if first.annotator == second.annotator
+        for pair in _rated(one, first, other, second)
+    ]
+
+
+def decided(pairs: Sequence[Pair]) -> list[Pair]:
+    """Return the pairs whose label prefers one answer."""
+    return [pair for pair in pairs if pair.comparison.preference > 0.5]
+
+
+def _of_row(index: int, row: Labelled) -> list[Pair]:
+    if isinstance(row, Comparison):
+        return [Pair(row, (index, 0), (index, 1))]
+    if not isinstance(row, Ranking):
+        return []
+    places = [(a, b) for a in range(len(row.ranks)) for b in range(len(row.ranks)) if row.ranks[a] < row.ranks[b]]
+    return [
+        Pair(_comparison(row, f"{row.id}/{a}-{b}", row.responses[a], row.responses[b]), (index, a), (index, b))
+        for a, b in places
+    ]
+
+
+def _rated(one: int, first: Rating, other: int, second: Rating) -> list[Pair]:
+    if first.rating == second.rating:
+        return []
+    if first.rating < second.rating:
+        one, first, other, second = other, second, one, first
+    made = _comparison(first, f"{first.id}/{second.id}", first.response, second.response)
+    return [Pair(made, (one, 0), (other, 0))]
+
+
+def _comparison(row: Ranking | Rating, identifier: str, better: Messages, worse: Messages) -> Comparison:
+    return Comparison(
+        id=identifier,
+        prompt=row.prompt,
+        chosen=better,
+        rejected=worse,
+        preference=1.0,
+        source=row.source,
+        annotator=row.annotator,
+        tag=row.tag,
+        split=row.split,
+    )
