@@ -131,6 +131,8 @@ def _train(base: SharedBase, plan: Plan, callbacks: list[TrainerCallback]) -> No
         trainer = _trainer(base, plan, callbacks)
         if plan.checkpoint is None and plan.heldout:
             trainer.evaluate()
+            trainer.accelerator.free_memory()  # else `accelerate` takes the model for one that exchanges gradients
+            base.peft._is_accelerate_prepared = False
         train_to(trainer, plan.checkpoint, plan.steps)
         if plan.heldout:
             trainer.evaluate()
