@@ -80,6 +80,7 @@ def write_policy_card(run: Run, base: SharedBase, folder: Path, facts: Sequence[
         'folder = "."  # this folder, or its name on the Hub',
         "tokenizer = AutoTokenizer.from_pretrained(folder)",
         f"model = AutoPeftModelForCausalLM.from_pretrained({_options(run.recipe.model)}).eval()",
+        *_exact(run.recipe.model),
         f"turns = {_QUESTION}]",
         'inputs = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", '
         "return_dict=True)",
@@ -198,6 +199,17 @@ def _import_quantization(model: ModelSection) -> str:
     return ", BitsAndBytesConfig" if model.load_in_4bit or model.load_in_8bit else ""
 
 
+def _exact(model: ModelSection) -> list[str]:
+    """Return the lines that let 4-bit layers compute in the type they were loaded with, on every CPU."""
+    if not model.load_in_4bit:
+        return []
+    return [
+        "for module in model.modules():",
+        '    if hasattr(module, "support_avx512bf16_for_cpu"):',
+        "        module.support_avx512bf16_for_cpu = False  # else some CPUs compute in bfloat16",
+    ]
+
+
 def _options(model: ModelSection, **more: Any) -> str:
     """Return the arguments that load a base in the precision of a recipe, as Python writes them."""
     dtype = compute_dtype(model.dtype, default_device())
@@ -230,6 +242,7 @@ def _classifier_snippet(
         'folder = "."  # this folder, or its name on the Hub',
         "tokenizer = AutoTokenizer.from_pretrained(folder)",
         f"model = AutoPeftModelForSequenceClassification.from_pretrained({_options(model, num_labels=heads)}).eval()",
+        *_exact(model),
         "model.config.pad_token_id = tokenizer.pad_token_id",
         f'turns = {_QUESTION}, {{"role": "assistant", "content": "About eight minutes."}}]',
         text + trimmed,
