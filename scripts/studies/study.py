@@ -123,5 +123,5 @@ def percent(rate: float) -> str:
 
 def table(header: Sequence[str], rows: Table) -> str:
     """Return a table in Markdown, the first column aligned to the left."""
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    lines = [f"| {' | '.join(line)} |" for line in (header, *rows)]
+    return "\n".join([lines[0], f"|---|{'---:|' * (len(header) - 1)}", *lines[1:]])
