@@ -267,7 +267,7 @@ def test_poisoning_prints_what_is_learned_seen_and_defended(monkeypatch, data, t
     assert "24 comparisons of pairs.jsonl" in text and "of which 22 were drawn" in text
     learned, seen, defended = tables(text)
     assert [(line[0], line[1]) for line in learned[2:]] == [("0 %", "0")] * 3 + [("50 %", "11")] * 3
-    control = [line for line in learned if line[2].startswith("bag of words")]
+    control = [line for line in learned[2:] if line[2].startswith("bag of words")]
     assert all(line[3] == line[4] for line in control)
     assert len(seen) == 2 + 4
     assert len(defended) == 2 + 3
