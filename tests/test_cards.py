@@ -25,11 +25,11 @@ TURNS = [
 ]
 
 
-def train(folder, model, **settings):
+def train(folder, policy, **settings):
     folder.mkdir(exist_ok=True)
     four_bit = settings.pop("four_bit", False)
     sections = {"reward": {"start_from": "base", "max_steps": 3, "learning_rate": 1e-2, **settings}}
-    with tiny_runs.opened(folder, model, **sections, model={"load_in_4bit": four_bit}) as run:
+    with tiny_runs.opened(folder, policy, **sections, model={"load_in_4bit": four_bit}) as run:
         files.write_jsonl(run.stage_folder("label") / "comparisons.jsonl", ROWS)
         reward.reward(run)
         (folder / "recipe.yaml").write_bytes((folder / "tiny.yaml").read_bytes())

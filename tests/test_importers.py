@@ -5,37 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from human_files import HH, TRL, assistant, load, reasons, user
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlaif.errors import ConfigError, DataError
-from rlaif.human.importers import FORMATS, Imported, import_file
+from rlaif.human.importers import FORMATS, import_file
 from rlaif.records import Comparison, jsonl, read_rows
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
-HH = {
-    "chosen": "\n\nHuman: hello\n\nAssistant: good day",
-    "rejected": "\n\nHuman: hello\n\nAssistant: go away",
-}
-TRL = {"prompt": "hello", "chosen": "good day", "rejected": "go away"}
-
-
-def user(text: str) -> dict[str, str]:
-    return {"role": "user", "content": text}
-
-
-def assistant(text: str) -> dict[str, str]:
-    return {"role": "assistant", "content": text}
-
-
-def load(folder: Path, *rows: dict[str, Any], **options: Any) -> Imported:
-    path = folder / "labels.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return import_file(path, **options)
-
-
-def reasons(imported: Imported) -> list[str]:
-    return [row["reason"] for row in imported.unused]
 
 
 def test_a_row_may_name_its_tag_annotator_and_id(tmp_path: Path) -> None:

@@ -1,37 +1,12 @@
 """Pairs of answers as other projects write them: each form is read as what it says, or is unusable for a reason."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from human_files import HH, TRL, assistant, load, reasons, user
 
-from rlaif.human.importers import Imported, import_file
 from rlaif.records import Comparison, jsonl
-
-HH = {
-    "chosen": "\n\nHuman: hello\n\nAssistant: good day",
-    "rejected": "\n\nHuman: hello\n\nAssistant: go away",
-}
-TRL = {"prompt": "hello", "chosen": "good day", "rejected": "go away"}
-
-
-def user(text: str) -> dict[str, str]:
-    return {"role": "user", "content": text}
-
-
-def assistant(text: str) -> dict[str, str]:
-    return {"role": "assistant", "content": text}
-
-
-def load(folder: Path, *rows: dict[str, Any], **options: Any) -> Imported:
-    path = folder / "labels.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return import_file(path, **options)
-
-
-def reasons(imported: Imported) -> list[str]:
-    return [row["reason"] for row in imported.unused]
 
 
 def test_a_transcript_of_several_turns_becomes_a_comparison_of_the_last(tmp_path: Path) -> None:
