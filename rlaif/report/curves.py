@@ -136,6 +136,8 @@ def ppo_figures(rows: Metrics) -> list[Figure]:
     figures = []
     for curve in PPO_CURVES:
         line = points(rows, "update", curve.key)
+        if rows and not line:  # without a critic there is nothing to draw of it
+            continue
         by_update = dict(points(rows, "update", curve.spread))
         spread = [by_update.get(x, math.nan) for x, _ in line] if curve.spread else []
         series = [Series(curve.title, line, spread)]
