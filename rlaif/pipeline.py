@@ -114,6 +114,8 @@ def _write_recipe(run: Run) -> None:
     label["policies"] = [str(adapters.get(name, name)) for name in label["policies"]]
     for one in label["judges"]:
         one["adapter"] = str(adapters.get(one["adapter"], one["adapter"])) if one["adapter"] else None
+    if run.loaded.ptx_file:
+        resolved["ppo"]["ptx_file"] = str(run.loaded.ptx_file)
     if run.loaded.start:
         resolved["reward"]["start_from"] = str(run.loaded.start)
     path = run.folder / "recipe.yaml"

@@ -16,10 +16,11 @@ from rlaif.endpoints import BASE, RAY, Endpoint
 from rlaif.errors import ConfigError
 from rlaif.filters import REASONS
 from rlaif.overrides import Overridden, override
-from rlaif.reward_parts import OWN_STAGE, CompositeSection, find_cost_stage
+from rlaif.ppo_section import PpoSection as PpoSection
+from rlaif.reward_parts import OWN_STAGE, find_cost_stage
 from rlaif.sections import Combination as Combination
 from rlaif.sections import EvaluateSection as EvaluateSection
-from rlaif.sections import Fraction, NonNegative, Positive, PositiveFloat, Section
+from rlaif.sections import Fraction, Positive, Section
 from rlaif.sections import HumanSection as HumanSection
 from rlaif.sections import LabelSection as LabelSection
 from rlaif.sections import PairLoss as PairLoss
@@ -27,7 +28,6 @@ from rlaif.sections import RaySection as RaySection
 from rlaif.sections import RewardSection as RewardSection
 from rlaif.sections import SamplingSection as SamplingSection
 from rlaif.sections import TrainingSection as TrainingSection
-from rlaif.sections import WarmSamplingSection as WarmSamplingSection
 
 Stage = Literal["revise", "sft", "label", "reward", "ppo", "evaluate"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
@@ -108,55 +108,6 @@ class SftSection(TrainingSection):
     """Supervised fine-tuning on demonstrations."""
 
     heldout_fraction: Fraction = Field(0.1, description="share of demonstrations kept for the held-out loss")
-
-
-class PpoSection(CompositeSection):
-    """Proximal policy optimization."""
-
-    sampling: WarmSamplingSection = WarmSamplingSection()
-    prompts_per_tag: dict[str, Positive] = {}
-    updates: Positive = Field(50, description="iterations of sample, score, optimize")
-    rollout_batch: Positive = Field(16, description="prompts per iteration")
-    samples_per_prompt: Positive = 1
-    minibatch: Positive = Field(16, description="responses per optimizer step")
-    microbatch: Positive = Field(8, description="responses per forward and backward pass")
-    num_ppo_epochs: Positive = 4
-    learning_rate: PositiveFloat = 1e-4
-    lr_scheduler_type: Literal["constant", "linear"] = "constant"
-    adam_epsilon: PositiveFloat = 1e-5
-    max_grad_norm: PositiveFloat = 1.0
-    gamma: Fraction = 1.0
-    lam: Fraction = 0.95
-    cliprange: PositiveFloat = 0.2
-    cliprange_value: PositiveFloat = 0.2
-    vf_coef: NonNegative = 0.1
-    entropy_coef: NonNegative = 0.0
-    kl_coef: NonNegative = 0.05
-    kl_target: PositiveFloat | None = Field(None, description="nats per response; adapts kl_coef")
-    whiten_rewards: bool = False
-    missing_eos_penalty: NonNegative = Field(0.0, description="taken off the score of a response without an end")
-    score_clip: PositiveFloat | None = None
-    critic: Literal["auto", "trunk", "adapter"] = Field("auto", description="auto: trunk on a CPU, adapter on a GPU")
-    reward_function: str | None = Field(None, description="a registered scoring function instead of the reward model")
-    reward_model: Combination = Combination()
-    save_every_updates: Positive = 1
-    sample_every_updates: Positive = 1
-
-    @model_validator(mode="after")
-    def _divides(self) -> "PpoSection":
-        if self.sampling.temperature == 0 or self.sampling.top_p < 1:
-            raise ValueError(
-                "sampling: PPO needs a temperature above 0 and top_p 1: its ratios are of the distribution sampled from"
-            )
-        responses = self.rollout_batch * self.samples_per_prompt
-        if responses % self.minibatch or self.minibatch % min(self.microbatch, self.minibatch):
-            raise ValueError(
-                f"rollout_batch x samples_per_prompt = {responses} must be a multiple of minibatch = {self.minibatch}, "
-                f"and that a multiple of microbatch = {self.microbatch}"
-            )
-        if self.reward_function and self.rewards:
-            raise ValueError("reward_function and rewards exclude each other; make the function a part of rewards")
-        return self
 
 
 class Recipe(Section):
@@ -274,6 +225,7 @@ class Loaded(BaseModel):
     reference: Path | None = None
     adapters: dict[str, Path] = {}
     cost_stage: Path | None = None
+    ptx_file: Path | None = None
     start: Path | None = None  # the adapter of `reward.start_from`
 
 
@@ -311,6 +263,7 @@ def load_recipe(path: Path, overrides: list[str] = []) -> Loaded:  # noqa: B006
         adapters={name: _adapter(name, here) for name in _adapters_named(recipe.label)},
         start=None if recipe.reward.start_from in ("sft", "base") else _adapter(recipe.reward.start_from, here),
         cost_stage=find_cost_stage(recipe.ppo.rewards, here),
+        ptx_file=_text_file(recipe.ppo.ptx_file, here) if recipe.ppo.ptx_file else None,
     )
 
 
@@ -328,6 +281,14 @@ def _adapter(name: str, here: Path) -> Path:
         f"label or reward: no adapter in `{name}`; looked beside the recipe and in the working folder. Name `base`, "
         "`sft`, or a folder that holds adapter_config.json."
     )
+
+
+def _text_file(name: str, here: Path) -> Path:
+    """Return the file of `ppo.ptx_file`, beside the recipe or in the working folder."""
+    path = find("recipes", name, here)
+    if not path.is_file():
+        raise ConfigError(f"ppo.ptx_file: no file `{name}`; looked beside the recipe and in the working folder.")
+    return path
 
 
 def _refuse_unknown_engines(document: Document, recipe: Recipe) -> None:

@@ -53,6 +53,18 @@ def gae(rewards, values, gamma, lam):
     return advantages, [advantage + value for advantage, value in zip(advantages, values, strict=True)]
 
 
+def leave_one_out(returns):
+    """RLOO, for the responses to one prompt."""
+    return [r - sum(returns[:i] + returns[i + 1 :]) / (len(returns) - 1) for i, r in enumerate(returns)]
+
+
+def group_deviations(returns):
+    """Dr. GRPO's and GRPO's advantages, for the responses to one prompt."""
+    average = sum(returns) / len(returns)
+    spread = math.sqrt(sum((r - average) ** 2 for r in returns) / (len(returns) - 1))
+    return [r - average for r in returns], [(r - average) / spread for r in returns]
+
+
 def sigmoid(x):
     return 1.0 / (1.0 + math.exp(-x))
 

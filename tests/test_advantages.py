@@ -4,7 +4,16 @@ import oracles
 import pytest
 import torch
 
-from rlaif.maths.advantages import gae, token_rewards
+from rlaif.maths.advantages import (
+    SEQUENCE_ESTIMATORS,
+    dr_grpo,
+    gae,
+    grpo,
+    reinforce,
+    rloo,
+    sequence_advantages,
+    token_rewards,
+)
 
 FLOAT64 = 1e-12  # both sides are float64; only the order of a few additions differs
 LENGTHS = [5, 1, 3, 4]
@@ -141,3 +150,48 @@ def test_gae_carries_no_gradient_and_leaves_its_inputs_alone():
     assert not result.advantages.requires_grad
     assert not result.returns.requires_grad
     assert values.detach().equal(before)
+
+
+# Without a critic: the advantage of a whole response
+
+
+@pytest.mark.parametrize(("estimator", "size"), [(rloo, 2 / 3), (dr_grpo, 0.5), (grpo, 0.8660254), (reinforce, 0.5)])
+def test_estimators_without_a_critic_give_the_printed_values(estimator, size):
+    # mean 1/2; the others' mean 1/3 or 2/3; variance over G - 1: 4 * 1/4 / 3 = 1/3
+    found = estimator(torch.tensor([1.0, 0.0, 0.0, 1.0], dtype=torch.float64), 4)
+    assert found.tolist() == pytest.approx([size, -size, -size, size], abs=1e-7)
+
+
+def test_each_prompts_responses_are_compared_with_one_another():
+    returns = torch.randn(12, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    for start in range(0, 12, 4):
+        group = returns[start : start + 4].tolist()
+        deviations, standardized = oracles.group_deviations(group)
+        expected = {rloo: oracles.leave_one_out(group), dr_grpo: deviations, grpo: standardized}
+        for estimator, wanted in expected.items():
+            assert estimator(returns, 4)[start : start + 4].tolist() == pytest.approx(wanted, abs=FLOAT64)
+    assert reinforce(returns, 4).tolist() == pytest.approx((returns - returns.mean()).tolist(), abs=FLOAT64)
+
+
+@pytest.mark.parametrize("group", [2, 3, 6])
+def test_leave_one_out_is_a_multiple_of_the_deviation_from_the_mean(group):
+    returns = torch.randn(12, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    expected = (dr_grpo(returns, group) * group / (group - 1)).tolist()
+    assert rloo(returns, group).tolist() == pytest.approx(expected, abs=FLOAT64)
+
+
+@pytest.mark.parametrize("estimator", SEQUENCE_ESTIMATORS)
+def test_equal_returns_give_no_advantage_although_their_mean_is_rounded(estimator):
+    returns = torch.cat([torch.full((7,), 0.1), torch.full((7,), 0.1)])
+    assert (returns - returns.view(-1, 7).mean(1).repeat_interleave(7)).abs().max().item() > 0
+    assert SEQUENCE_ESTIMATORS[estimator](returns, 7).tolist() == [0.0] * 14
+
+
+@pytest.mark.parametrize("estimator", SEQUENCE_ESTIMATORS)
+def test_every_token_of_a_response_has_its_advantage_and_padding_none(estimator):
+    returns = torch.tensor([3.0, -1.0, 0.5, 0.0], requires_grad=True)
+    found = sequence_advantages(estimator, returns, mask_of(LENGTHS, 5), 2)
+    whole = SEQUENCE_ESTIMATORS[estimator](returns, 2).tolist()
+    assert not found.requires_grad
+    for row, length in enumerate(LENGTHS):
+        assert found[row].tolist() == [whole[row]] * length + [0.0] * (5 - length)

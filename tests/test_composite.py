@@ -245,6 +245,9 @@ def test_the_report_draws_the_parts_in_one_chart_after_the_score():
     parts[1]["rollout/score/two"] = 3.0
     plain, figures = ppo_figures(rows), ppo_figures(parts)
     assert [figure.title for figure in figures] == ["Score", "Parts of the reward", *(one.title for one in plain[1:])]
+    assert not {"Value loss", "Explained variance", "Loss on plain text"} & {figure.title for figure in plain}
+    critic = ppo_figures([{**rows[0], "value/loss": 0.5, "ptx/loss": 2.0}])
+    assert {"Value loss", "Loss on plain text"} < {figure.title for figure in critic}
     assert all(name in figures[1].chart for name in (">one<", ">two<"))
     assert "score_std" not in figures[1].chart
 

@@ -27,7 +27,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = {path.name: path.read_text(encoding="utf-8") for path in sorted(DOCS.glob("*.md"))}
 ALL = "\n".join([README, *PAGES.values()])
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-METRIC = re.compile(r"(rollout|policy|value|kl)/[a-z_]+")
+METRIC = re.compile(r"(rollout|policy|value|kl|ptx)/[a-z_]+")
 CHANGES = ["Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"]
 
 
@@ -148,7 +148,7 @@ def test_the_table_of_ppo_defaults_has_the_defaults_of_the_code() -> None:
     documented = {ticked(cells[0])[0]: cells[1] for cells in rows(PAGES["ppo.md"], "## Defaults")[1:]}
     assert documented == {key: written(defaults[key]) for key in documented}
     own_affair = {"prompts_per_tag", "reward_function", "save_every_updates", "sample_every_updates", "combine"}
-    own_affair |= {"gate_safety", "gate_helpfulness", "gate_tags"}
+    own_affair |= {"gate_safety", "gate_helpfulness", "gate_tags", "ptx_file"}
     own_affair |= {key for key in defaults if key.startswith("rewards")}
     assert documented.keys() == defaults.keys() - own_affair
 

@@ -33,7 +33,7 @@ PLAIN = {
     "prompting",
     "transcripts",
     "prompt_sets",
-    *("recipe", "reward_parts", "sections"),
+    *("recipe", "ppo_section", "reward_parts", "sections"),
     "steering",
     "filters",
     "sameness",

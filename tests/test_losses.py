@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from rlaif.maths.losses import (
+    Aggregation,
     clipped_policy_loss,
     clipped_value_loss,
     entropy,
@@ -46,6 +47,40 @@ def assert_figures(result, expected):
 
 def widened(x, value):
     return torch.nn.functional.pad(x, (0, 2), value=value)
+
+
+# From tokens to one number
+
+
+def test_aggregations_give_the_printed_values():
+    # sequences of 5 and 10 tokens, sums 14 and 19: (14/5 + 19/10) / 2, 33/15, (1.4 + 1.9) / 2
+    x = torch.full((2, 10), math.nan, dtype=torch.float64)
+    x[0, :5], x[1] = f64(1, 1, 1, 1, 10), f64(*[1] * 9, 10)
+    mask = torch.arange(10) < torch.tensor([[5], [10]])
+    found = [Aggregation(over, 10).mean(x, mask).item() for over in ("sequence", "token", "constant")]
+    assert found == pytest.approx([2.35, 2.2, 1.65], abs=FLOAT64)
+    alone = [Aggregation("constant", 10).mean(x[row : row + 1], mask[row : row + 1]).item() for row in (0, 1)]
+    assert alone == pytest.approx([1.4, 1.9], abs=FLOAT64)
+
+
+@pytest.mark.parametrize("over", ["sequence", "token", "constant"])
+def test_parts_add_up_to_the_whole_at_their_shares(over):
+    x, _, _, mask = random_tokens(rows=3)
+    aggregation = Aggregation(over, 7)
+    parts = [(x[:1], mask[:1]), (x[1:], mask[1:])]
+    total = sum(aggregation.mean(*part) * aggregation.share(part[1], mask) for part in parts)
+    assert total.item() == pytest.approx(aggregation.mean(x, mask).item(), abs=FLOAT32)
+
+
+@pytest.mark.parametrize("over", ["sequence", "token", "constant"])
+def test_at_ratio_one_the_gradient_is_that_of_reinforce(over):
+    old, _, advantages, mask = random_tokens()
+    logprobs = old.clone().requires_grad_()
+    clipped_policy_loss(logprobs, old, advantages, mask, 0.2, Aggregation(over, 7)).loss.backward()
+    lengths = {"token": [11] * 3, "sequence": [5 * 3, 2 * 3, 4 * 3], "constant": [7 * 3] * 3}[over]
+    for row, length in enumerate(lengths):  # of minus the mean over responses of A * log p / length
+        expected = [-a.item() / length if keep else 0.0 for a, keep in zip(advantages[row], mask[row], strict=True)]
+        assert logprobs.grad[row].tolist() == pytest.approx(expected, abs=FLOAT64)
 
 
 # Policy

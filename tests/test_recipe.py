@@ -140,6 +140,28 @@ def test_a_recipe_that_does_not_exist_is_named(tmp_path: Path) -> None:
         load_recipe(Path("nosuch.yaml"))
 
 
+@pytest.mark.parametrize(
+    ("estimator", "kl_place", "aggregation"),
+    [
+        ("gae", "reward", "token"),
+        ("rloo", "reward", "constant"),
+        ("grpo", "loss", "sequence"),
+        ("dr_grpo", "loss", "constant"),
+        ("reinforce", "reward", "constant"),
+    ],
+)
+def test_an_estimator_brings_its_authors_place_of_the_kl_and_sum_over_tokens(
+    estimator: str, kl_place: str, aggregation: str, tmp_path: Path
+) -> None:
+    keys = ("ppo.samples_per_prompt=4", f"ppo.advantage_estimator={estimator}")
+    found = recipe(tmp_path, GOOD, *keys).ppo
+    assert (found.kl_place, found.aggregation, found.has_critic) == (kl_place, aggregation, estimator == "gae")
+    for place in ("reward", "loss"):
+        assert recipe(tmp_path, GOOD, *keys, f"ppo.kl_in={place}").ppo.kl_place == place
+    for over in ("token", "sequence", "constant"):
+        assert recipe(tmp_path, GOOD, *keys, f"ppo.loss_aggregation={over}").ppo.aggregation == over
+
+
 def test_a_microbatch_may_be_larger_than_a_minibatch(tmp_path: Path) -> None:
     assert recipe(tmp_path, GOOD, "ppo.microbatch=64").ppo.microbatch == 64
 
@@ -152,6 +174,20 @@ def test_a_microbatch_may_be_larger_than_a_minibatch(tmp_path: Path) -> None:
         (["stages=[revise, sft, ppo]"], "ppo needs the stage `reward` before it, or ppo.reward_function"),
         (["ppo.sampling.temperature=0"], "PPO needs a temperature above 0 and top_p 1"),
         (["ppo.sampling={top_p: 0.9}"], "PPO needs a temperature above 0 and top_p 1"),
+        (
+            ["ppo.advantage_estimator=rloo"],
+            "ppo: advantage_estimator `rloo` compares responses to one prompt, and samp",
+        ),
+        (["ppo.advantage_estimator=grpo"], "samples_per_prompt is 1; at least 2 are expected"),
+        (["ppo.advantage_estimator=reinforce", "ppo.lam=0.9"], "lam is read where advantage_estimator is `gae`, and"),
+        (["ppo.advantage_estimator=reinforce", "ppo.critic=trunk"], "critic is read where advantage_estimator is"),
+        (
+            ["ppo.advantage_estimator=reinforce", *(f"ppo.{key}=1" for key in ("rollout_batch", "minibatch"))],
+            "advantage_estimator `reinforce` compares responses; rollout_batch of at least 2 is expected",
+        ),
+        (["ppo.advantage_estimator=ppo"], "Input should be 'gae', 'rloo', 'grpo', 'dr_grpo' or 'reinforce'"),
+        (["ppo.ptx_coef=1"], "ptx_coef is above 0, but ptx_file names no text to learn from"),
+        (["ppo.ptx_coef=1", "ppo.ptx_file=none.txt"], "ppo.ptx_file: no file `none.txt`; looked beside the recipe"),
         (["stages=[sft]"], "sft needs the stage `revise` before it"),
         (["stages=[reward]"], "reward needs the stage `label` before it"),
         (["stages=[label]", "label.method=revision"], "label.method `revision` needs the stage `revise` before it"),

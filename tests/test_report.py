@@ -175,7 +175,7 @@ def test_missing_numbers_become_dashes_and_never_nan(tmp_path: Path) -> None:
     page = read(folder)
     assert not re.search(r"\b(nan|inf|none,|undefined)\b", page.html.replace("'none'", ""), re.IGNORECASE)
     assert "None" not in page.text and "No judge was measured" in page.text
-    assert page.text.count("no values recorded") == 10
+    assert page.text.count("no values recorded") == 8  # and nothing of a critic or a text
 
 
 def test_the_same_folder_gives_the_same_bytes(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ Shapes: `B` rows, `T` response tokens, `V` vocabulary. Masks are True at what co
 values and scores should be float32. Figures that are only reported carry no gradient.
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,8 +13,42 @@ from rlaif.maths.kl import k2
 from rlaif.maths.masking import masked_mean, masked_var, zero_outside
 
 
+class Aggregation(NamedTuple):
+    """How terms of single tokens become one loss.
+
+    ``token`` averages over all tokens, so that long responses weigh more. ``sequence`` averages over the tokens of each
+    response and then over responses (GRPO, arXiv 2402.03300, equation 3): a token of a long response weighs less.
+    ``constant`` sums over tokens and divides by one length for all and by the number of responses (Dr. GRPO, arXiv
+    2503.20783): up to that constant the log-probability of a whole response, which REINFORCE's gradient is about.
+
+    Attributes:
+        over: which of these.
+        max_tokens: the length that `constant` divides by.
+    """
+
+    over: Literal["token", "sequence", "constant"]
+    max_tokens: int = 1
+
+    def mean(self, x: Tensor, mask: Tensor) -> Tensor:
+        """Return one number of `x`, `[B, T]`, at what the mask keeps."""
+        if self.over == "token":
+            return masked_mean(x, mask)
+        if self.over == "sequence":
+            return masked_mean(x, mask, dim=1).mean()
+        return zero_outside(x, mask).sum() / (len(x) * self.max_tokens)
+
+    def share(self, part: Tensor, whole: Tensor) -> Tensor:
+        """Return the weight at which the mean over a few rows counts in the mean over all; both are masks."""
+        if self.over == "token":
+            return part.sum() / whole.sum()
+        return torch.tensor(len(part) / len(whole), device=part.device)
+
+
+TOKEN_MEAN = Aggregation("token")
+
+
 class PolicyLoss(NamedTuple):
-    """What `clipped_policy_loss` returns: scalars, all means over the masked tokens.
+    """What `clipped_policy_loss` returns: scalars; the figures are means over the masked tokens.
 
     Attributes:
         loss: to minimize.
@@ -42,7 +76,12 @@ class ValueLoss(NamedTuple):
 
 
 def clipped_policy_loss(
-    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, clip: float
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    clip: float,
+    aggregation: Aggregation = TOKEN_MEAN,
 ) -> PolicyLoss:
     """Return the clipped surrogate of PPO (Schulman et al. 2017, arXiv 1707.06347, equation 7), negated.
 
@@ -56,6 +95,7 @@ def clipped_policy_loss(
         advantages: `[B, T]`; no gradient.
         mask: `[B, T]`.
         clip: half-width of the trusted range of ratios; `math.inf` turns clipping off.
+        aggregation: how the tokens' terms become the loss.
 
     Returns:
         The loss and three figures.
@@ -66,7 +106,7 @@ def clipped_policy_loss(
     unclipped = -advantages * ratio
     clipped = -advantages * ratio.clamp(1.0 - clip, 1.0 + clip)
     return PolicyLoss(
-        loss=masked_mean(torch.maximum(unclipped, clipped), mask),
+        loss=aggregation.mean(torch.maximum(unclipped, clipped), mask),
         ratio=masked_mean(ratio.detach(), mask),
         clip_fraction=masked_mean(clipped > unclipped, mask),
         kl_to_old=masked_mean(k2(log_ratio.detach()), mask),

@@ -228,4 +228,5 @@ class ChatTokenizer:
         return list(self.raw(text, add_special_tokens=False, split_special_tokens=False)["input_ids"])
 
     def _data_ids(self, text: str) -> list[int]:
-        return list(self._inert(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+        options = {"add_special_tokens": False, "split_special_tokens": True}
+        return list(self._inert(text, **options, verbose=False)["input_ids"])  # else it warns of a long text

@@ -24,13 +24,17 @@ class Figure:
 
 @dataclass(frozen=True)
 class Curve:
-    """Which metric of PPO a chart shows; `spread` names the metric that is the half-height of its band."""
+    """Which metric of PPO a chart shows; `spread` names the metric that is the half-height of its band.
+
+    An `optional` one is left out where there are no values: not every PPO has a critic or a text.
+    """
 
     key: str
     title: str
     note: str
     spread: str = ""
     percent: bool = False
+    optional: bool = False
 
 
 PPO_CURVES = (
@@ -56,11 +60,13 @@ PPO_CURVES = (
         "value/loss",
         "Value loss",
         "Squared error of the critic\u2019s predictions of the returns. It should fall, then stay low.",
+        optional=True,
     ),
     Curve(
         "value/explained_variance",
         "Explained variance",
         "Share of the variance of the returns that the critic explains: 1 is all, 0 no more than a constant.",
+        optional=True,
     ),
     Curve(
         "rollout/response_tokens",
@@ -89,6 +95,12 @@ PPO_CURVES = (
         "policy/entropy",
         "Entropy",
         "How open the choice of the next token is, in nats. Near zero, all responses become alike.",
+    ),
+    Curve(
+        "ptx/loss",
+        "Loss on plain text",
+        "Mean negative log-likelihood of a token of the text learned beside, in nats. It should not rise.",
+        optional=True,
     ),
 )
 
@@ -136,6 +148,8 @@ def ppo_figures(rows: Metrics) -> list[Figure]:
     figures = []
     for curve in PPO_CURVES:
         line = points(rows, "update", curve.key)
+        if curve.optional and not line:
+            continue
         by_update = dict(points(rows, "update", curve.spread))
         spread = [by_update.get(x, math.nan) for x, _ in line] if curve.spread else []
         series = [Series(curve.title, line, spread)]

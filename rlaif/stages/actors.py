@@ -1,7 +1,7 @@
 """Who takes part in PPO: the roles on the shared base, and what each says of a batch of responses."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -30,13 +30,18 @@ class Actors:
     base: SharedBase
     settings: PpoSection
     reference: str
-    own_critic: bool  # the critic has an adapter of its own
+    critic: Literal["none", "trunk", "adapter"]  # a head on the policy's trunk, or an adapter of its own
     function: RewardFunction | None
     model: RewardModel | None = None
     composite: Composite | None = None
     offset: float = 0.0
     scale: float = 1.0
     critic_offset: float = 0.0  # taken off what the critic's head says, to be in units of the reward model
+
+    @property
+    def learning(self) -> tuple[str, ...]:
+        """The roles that change."""
+        return (POLICY,) if self.critic == "none" else (POLICY, CRITIC)
 
     @property
     def starts_critic(self) -> bool:
@@ -57,8 +62,7 @@ def assign_roles(run: Run) -> Actors:
     base.add_role(POLICY, trainable=True, adapter=adapter)
     if has_sft:
         base.add_role(REFERENCE, adapter=adapter)
-    own_critic = settings.critic == "adapter" or (settings.critic == "auto" and base.device.type == "cuda")
-    actors = Actors(base, settings, REFERENCE if has_sft else BASE, own_critic, None)
+    actors = Actors(base, settings, REFERENCE if has_sft else BASE, which_critic(base, settings), None)
     model = reward_model(run, base) if needs_reward_model(run) else None
     if settings.rewards:
         actors.composite = Composite(run, base, model, "ppo")
@@ -67,17 +71,32 @@ def assign_roles(run: Run) -> Actors:
         actors.offset, actors.scale = model.scale
     else:
         actors.function = reward_function(run, base, "ppo")
-    if own_critic and actors.starts_critic:
+    add_critic(run, actors)
+    return actors
+
+
+def which_critic(base: SharedBase, settings: PpoSection) -> Literal["none", "trunk", "adapter"]:
+    """Return what the critic stands on; `auto` is an adapter on a GPU and the policy's trunk on a CPU."""
+    if not settings.has_critic:
+        return "none"
+    if settings.critic == "auto":
+        return "adapter" if base.device.type == "cuda" else "trunk"
+    return settings.critic
+
+
+def add_critic(run: Run, actors: Actors) -> None:
+    """Give the critic its role, where the advantages need one."""
+    base = actors.base
+    if actors.critic == "adapter" and actors.starts_critic:
         assert actors.model
         weight, actors.critic_offset = actors.model.critic_start()
         base.add_role(CRITIC, trainable=True, adapter=run.output("reward", "adapter"), outputs=1)
         with torch.no_grad():
             base.head_weight(CRITIC).copy_(weight)
-    elif own_critic:
+    elif actors.critic == "adapter":
         base.add_role(CRITIC, trainable=True, head=True)
-    else:
+    elif actors.critic == "trunk":
         base.add_head_on(POLICY, CRITIC)
-    return actors
 
 
 def reward_model(run: Run, base: SharedBase) -> RewardModel:
@@ -156,7 +175,7 @@ def use_scale(actors: Actors, scale: dict[str, Any]) -> None:
 
 @torch.no_grad()
 def judge_tokens(actors: Actors, role: str, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Return the response tokens' log-probabilities and, for the policy, the critic's values, ``[B, T]``."""
+    """Return the response tokens' log-probabilities and, for the policy, the critic's values or 0, ``[B, T]``."""
     base = actors.base
     logprobs, values = [], []
     for part in in_microbatches(batch, actors.settings.microbatch):
@@ -164,18 +183,20 @@ def judge_tokens(actors: Actors, role: str, batch: Batch) -> tuple[Tensor, Tenso
             hidden = sampling.hidden_states(base, part)
             logits = sampling.response_logits(base, part, hidden, actors.settings.sampling.temperature)
             logprobs.append(sampling.token_logprobs(logits, part.response_ids) * part.response_mask)
-            if role == POLICY and not actors.own_critic:
+            if role == POLICY and actors.critic == "trunk":
                 values.append(critic_values(actors, part, hidden))
-        if role == POLICY and actors.own_critic:
+        if role == POLICY and actors.critic == "adapter":
             with base.acting_as(CRITIC):
                 values.append(critic_values(actors, part, sampling.hidden_states(base, part)))
-    return torch.cat(logprobs), torch.cat(values) if values else torch.empty(0)
+    return torch.cat(logprobs), torch.cat(values) if values else torch.zeros_like(
+        batch.response_mask, dtype=torch.float
+    )
 
 
 def critic_values(actors: Actors, batch: Batch, hidden: Tensor) -> Tensor:
     """Return the value of the state before each response token, ``[B, T]``, on the scale of the rewards."""
     length = batch.response_ids.shape[1]
     values = actors.base.head(CRITIC, hidden[:, -length - 1 : -1])
-    if actors.own_critic and actors.starts_critic:  # started from the reward model, in its units
+    if actors.critic == "adapter" and actors.starts_critic:  # started from the reward model, in its units
         values = (values - actors.critic_offset - actors.offset) / actors.scale
     return values * batch.response_mask

@@ -6,6 +6,9 @@ end token; (3) score it, shifted so that the first rollout averages 0, and take 
 (5) advantages by GAE, whitened over real tokens; (6) several epochs of clipped updates. Sampling temperature divides
 the logits of policy and reference alike.
 
+Other estimators of the advantages (RLOO, GRPO, Dr. GRPO, REINFORCE) change step 5 and how step 6 sums over tokens, and
+need no critic. The KL may be priced in the loss instead of the reward, and plain text may be learned beside (PPO-ptx).
+
 Policy, reference, critic and reward are roles on one base. The critic is a head on the policy's trunk (one backward
 pass) or an adapter of its own, started from the reward adapter (two backward passes).
 
@@ -19,31 +22,28 @@ import random
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from rlaif import files
 from rlaif.errors import DataError
-from rlaif.maths.advantages import gae, token_rewards
-from rlaif.maths.kl import AdaptiveKl, FixedKl
-from rlaif.maths.losses import clipped_policy_loss, clipped_value_loss, entropy, explained_variance
-from rlaif.maths.masking import masked_mean, masked_whiten
+from rlaif.maths.advantages import Advantages, gae, sequence_advantages, token_rewards
+from rlaif.maths.kl import AdaptiveKl, FixedKl, k3
+from rlaif.maths.losses import Aggregation, clipped_policy_loss, clipped_value_loss, entropy, explained_variance
+from rlaif.maths.masking import masked_mean, masked_whiten, zero_outside
 from rlaif.model import sampling
 from rlaif.model.roles import SharedBase
 from rlaif.model.sampling import Batch
 from rlaif.recipe import PpoSection
-from rlaif.records import Prompt, read_jsonl
+from rlaif.records import Prompt
 from rlaif.stages.actors import Actors, assign_roles, calibrate, critic_values, judge_tokens, scale_of, score, use_scale
-from rlaif.stages.cards import write_policy_card
-from rlaif.stages.checkpoints import CRITIC, POLICY, SAMPLES, restore, save
-from rlaif.stages.composite import SCALE, cost_files, part_figures, part_scores
+from rlaif.stages.checkpoints import CRITIC, POLICY, restore, save
+from rlaif.stages.composite import cost_files, part_figures
 from rlaif.stages.judged_reward import reward_inputs
+from rlaif.stages.ppo_outputs import finish, record
+from rlaif.stages.ptx import Ptx, ptx_files
 from rlaif.stages.reward_model import CALIBRATION
 from rlaif.stages.run import Run
-from rlaif.stages.training import METRICS
 
 NAME = "ppo"
-_SAMPLES_SHOWN = 4  # responses kept per update
 
 
 class Rollout(NamedTuple):
@@ -51,9 +51,10 @@ class Rollout(NamedTuple):
 
     batch: Batch
     logprobs: Tensor  # [B, T], of the policy that sampled
-    values: Tensor  # [B, T]
-    advantages: Tensor  # [B, T], whitened
-    returns: Tensor  # [B, T]
+    ref_logprobs: Tensor  # [B, T], of the reference
+    advantages: Tensor  # [B, T], with a critic whitened
+    values: Tensor  # [B, T]; 0 without a critic
+    returns: Tensor  # [B, T]; 0 without a critic
 
     def rows(self, index: Tensor) -> "Rollout":
         """Return some of the rows."""
@@ -70,6 +71,7 @@ def inputs(run: Run) -> dict[str, str]:
             "reward": run.stage_folder("reward") / "adapter",
             "reward.calibration": run.stage_folder("reward") / CALIBRATION,
             **cost_files(run),
+            **ptx_files(run),
         },
         prompts=run.prompts_hash(run.select("train", settings.prompts_per_tag)),
         **reward_inputs(run),
@@ -83,7 +85,7 @@ def ppo(run: Run) -> dict[str, Any]:
     actors = assign_roles(run)
     base = actors.base
     refuse_long(base, prompts, settings.sampling.max_new_tokens)
-    trainable = {role: [p for _, p in base.named_parameters_of(role)] for role in (POLICY, CRITIC)}
+    trainable = {role: [p for _, p in base.named_parameters_of(role)] for role in actors.learning}
     optimizer = torch.optim.AdamW(
         [p for group in trainable.values() for p in group],
         lr=settings.learning_rate,
@@ -91,6 +93,7 @@ def ppo(run: Run) -> dict[str, Any]:
         weight_decay=0.0,
     )
     kl = AdaptiveKl(settings.kl_coef, settings.kl_target) if settings.kl_target else FixedKl(settings.kl_coef)
+    ptx = Ptx.load(run, base)
     done, scale = restore(run, base, optimizer, kl)
     if scale:
         use_scale(actors, scale)
@@ -127,17 +130,19 @@ def ppo(run: Run) -> dict[str, Any]:
             # 4. Token rewards: the price of leaving the reference, and the score at the end.
             logprobs, values = judge_tokens(actors, POLICY, batch)
             ref_logprobs, _ = judge_tokens(actors, actors.reference, batch)
-            rewards = token_rewards(scores, logprobs, ref_logprobs, mask, kl.coef)
+            price = kl.coef if settings.kl_place == "reward" else 0.0
+            rewards = token_rewards(scores, logprobs, ref_logprobs, mask, price)
             if settings.whiten_rewards:
                 rewards = masked_whiten(rewards, mask, center=False)
 
             # 5. Advantages.
-            estimate = gae(rewards, values, mask, gamma=settings.gamma, lam=settings.lam)
-            rollout = Rollout(batch, logprobs, values, masked_whiten(estimate.advantages, mask), estimate.returns)
+            advantages, returns = estimate(settings, rewards, values, mask)
+            rollout = Rollout(batch, logprobs, ref_logprobs, advantages, values, returns)
 
             # 6. Update.
             set_learning_rate(optimizer, settings, update)
-            figures = optimize(run, actors, optimizer, trainable, rollout, update)
+            loss_price = kl.coef if settings.kl_place == "loss" else 0.0
+            figures = optimize(run, actors, optimizer, trainable, rollout, update, loss_price, ptx)
             divergence = ((logprobs - ref_logprobs) * mask).sum(1)
             sampled = torch.tensor([s.logprobs + [0.0] * (mask.shape[1] - len(s.ids)) for s in samples])
             figures |= {
@@ -148,10 +153,11 @@ def ppo(run: Run) -> dict[str, Any]:
                 "rollout/response_tokens": mask.sum(1).float().mean().item(),
                 "rollout/ended": ended.float().mean().item(),
                 "rollout/logprob_gap": ((logprobs - sampled.to(logprobs)) * mask).abs().max().item(),
-                "value/explained_variance": explained_variance(values, estimate.returns, mask).item(),
                 "kl/coef": kl.coef,
                 **part_figures(parts),
             }
+            if settings.has_critic:
+                figures["value/explained_variance"] = explained_variance(values, returns, mask).item()
             kl.update(divergence.mean().item())
             record(run, actors, update, figures, list(zip(rows, responses, scores, divergence, strict=True)), parts)
             if (update + 1) % settings.save_every_updates == 0:
@@ -187,6 +193,16 @@ def prompts_of_update(run: Run, prompts: list[Prompt], update: int) -> list[Prom
     return chosen
 
 
+def estimate(settings: PpoSection, rewards: Tensor, values: Tensor, mask: Tensor) -> Advantages:
+    """Return what step 6 takes for the advantages, and the targets of the critic; without a critic these are 0."""
+    if settings.has_critic:
+        found = gae(rewards, values, mask, gamma=settings.gamma, lam=settings.lam)
+        return found._replace(advantages=masked_whiten(found.advantages, mask))
+    earned = rewards.sum(1)
+    of_responses = sequence_advantages(settings.advantage_estimator, earned, mask, settings.samples_per_prompt)
+    return Advantages(of_responses, torch.zeros_like(values))
+
+
 def set_learning_rate(optimizer: torch.optim.Optimizer, settings: PpoSection, update: int) -> None:
     """Set the learning rate of an update: constant, or falling linearly to 0 after the last."""
     share = 1 - update / settings.updates if settings.lr_scheduler_type == "linear" else 1.0
@@ -201,15 +217,20 @@ def optimize(
     trainable: dict[str, Any],
     rollout: Rollout,
     update: int,
+    kl_coef: float = 0.0,
+    ptx: Ptx | None = None,
 ) -> dict[str, float]:
     """Take several epochs of clipped steps on one rollout; return means of the figures over all steps.
 
-    The first epoch visits the rows in order, in the microbatches they were scored in, so its first ratio is exactly 1.
+    An epoch after which the policy is further than `target_kl` from the one that sampled is the last. `kl_coef` is the
+    price of a nat of KL to the reference in the loss. The first epoch visits the rows in order, in the microbatches
+    they were scored in, so its first ratio is exactly 1.
     """
     settings = actors.settings
     count = len(rollout.logprobs)
     totals: dict[str, float] = {}
-    steps = 0
+    steps, moved = 0, 0.0
+    aggregation = Aggregation(settings.aggregation, settings.sampling.max_new_tokens)
     for epoch in range(settings.num_ppo_epochs):
         order = torch.arange(count)
         if epoch:
@@ -218,100 +239,76 @@ def optimize(
             )
         for start in range(0, count, settings.minibatch):
             minibatch = rollout.rows(order[start : start + settings.minibatch].to(actors.base.device))
-            tokens = minibatch.batch.response_mask.sum()
+            whole = minibatch.batch.response_mask
             optimizer.zero_grad(set_to_none=True)
             for first in range(0, settings.minibatch, settings.microbatch):
                 part = minibatch.rows(torch.arange(first, min(first + settings.microbatch, settings.minibatch)))
-                weight = part.batch.response_mask.sum() / tokens
-                for key, value in backward(actors, part, weight).items():
+                mask = part.batch.response_mask
+                tokens, share = mask.sum() / whole.sum(), aggregation.share(mask, whole)
+                for key, value in backward(actors, part, tokens, share, aggregation, kl_coef).items():
+                    weight = share if key == "policy/loss" else tokens
                     totals[key] = totals.get(key, 0.0) + value * weight.item()
+            if ptx:
+                loss = ptx.backward(run.seed(NAME, update, "ptx", steps), settings)
+                totals["ptx/loss"] = totals.get("ptx/loss", 0.0) + loss
             for role, parameters in trainable.items():
                 norm = torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm).item()
                 key = {POLICY: "policy", CRITIC: "value"}[role] + "/gradient_norm"
                 totals[key] = totals.get(key, 0.0) + norm
             optimizer.step()
             steps += 1
+        before, moved = moved, totals["policy/kl_to_old"]
+        if settings.target_kl and (moved - before) / (count // settings.minibatch) > settings.target_kl:
+            break
     figures = {key: value / steps for key, value in totals.items()}
-    return figures | {"policy/learning_rate": optimizer.param_groups[0]["lr"]}
+    return figures | {"policy/learning_rate": optimizer.param_groups[0]["lr"], "policy/epochs": epoch + 1}
 
 
-def backward(actors: Actors, part: Rollout, weight: Tensor) -> dict[str, float]:
-    """Add one microbatch's gradients, weighted by its share of the minibatch's tokens; return its figures."""
+def backward(
+    actors: Actors, part: Rollout, tokens: Tensor, share: Tensor, aggregation: Aggregation, kl_coef: float
+) -> dict[str, float]:
+    """Add one microbatch's gradients; return its figures.
+
+    Args:
+        actors: who takes part.
+        part: the microbatch.
+        tokens: its share of the minibatch's tokens, at which means over tokens count.
+        share: the weight at which its policy loss counts in the minibatch's.
+        aggregation: how terms of tokens become the policy's loss.
+        kl_coef: the price of a nat of KL to the reference in the loss.
+    """
     base, settings, mask = actors.base, actors.settings, part.batch.response_mask
+    figures: dict[str, Tensor] = {}
     with base.acting_as(POLICY, training=True):
         hidden = sampling.hidden_states(base, part.batch)
         logits = sampling.response_logits(base, part.batch, hidden, settings.sampling.temperature)
         logprobs = sampling.token_logprobs(logits, part.batch.response_ids)
-        policy = clipped_policy_loss(logprobs, part.logprobs, part.advantages, mask, settings.cliprange)
-        spread = masked_mean(entropy(logits) if settings.entropy_coef else entropy(logits.detach()), mask)
-        loss = policy.loss - settings.entropy_coef * spread
-        if not actors.own_critic:
-            value = clipped_value_loss(
-                critic_values(actors, part.batch, hidden),
-                part.values,
-                part.returns,
-                mask,
-                settings.cliprange_value,
-            )
-            loss = loss + settings.vf_coef * value.loss
-        torch.autograd.backward(loss * weight)
-    if actors.own_critic:
+        policy = clipped_policy_loss(logprobs, part.logprobs, part.advantages, mask, settings.cliprange, aggregation)
+        spread = entropy(logits if settings.entropy_coef else logits.detach())
+        loss = (policy.loss - settings.entropy_coef * aggregation.mean(spread, mask)) * share
+        if settings.kl_place == "loss":
+            divergence = k3(zero_outside(logprobs - part.ref_logprobs, mask))
+            loss = loss + kl_coef * aggregation.mean(divergence, mask) * share
+            figures["policy/kl_to_reference"] = masked_mean(divergence.detach(), mask)
+        if actors.critic == "trunk":
+            figures["value/loss"] = value = value_loss(actors, part, hidden)
+            loss = loss + settings.vf_coef * value * tokens
+        torch.autograd.backward(loss)
+    if actors.critic == "adapter":
         with base.acting_as(CRITIC, training=True):
-            values = critic_values(actors, part.batch, sampling.hidden_states(base, part.batch))
-            value = clipped_value_loss(values, part.values, part.returns, mask, settings.cliprange_value)
-            torch.autograd.backward(settings.vf_coef * value.loss * weight)
-    return {
-        "policy/loss": policy.loss.item(),
-        "policy/kl_to_old": policy.kl_to_old.item(),
-        "policy/clip_fraction": policy.clip_fraction.item(),
-        "policy/ratio": policy.ratio.item(),
-        "policy/entropy": spread.item(),
-        "value/loss": value.loss.item(),
+            figures["value/loss"] = value = value_loss(actors, part, sampling.hidden_states(base, part.batch))
+            torch.autograd.backward(settings.vf_coef * value * tokens)
+    figures |= {
+        "policy/loss": policy.loss,
+        "policy/kl_to_old": policy.kl_to_old,
+        "policy/clip_fraction": policy.clip_fraction,
+        "policy/ratio": policy.ratio,
+        "policy/entropy": masked_mean(spread, mask),
     }
+    return {key: figure.item() for key, figure in figures.items()}
 
 
-def record(
-    run: Run, actors: Actors, update: int, figures: dict[str, float], rows: list[Any], parts: dict[str, Tensor]
-) -> None:
-    """Append the figures of an update and a few of its responses to the stage's files."""
-    folder = run.stage_folder(NAME)
-    files.append_jsonl(folder / METRICS, {"step": update + 1, "update": update + 1, **figures})
-    if update % actors.settings.sample_every_updates:
-        return
-    for index, (prompt, response, value, divergence) in enumerate(rows[:_SAMPLES_SHOWN]):
-        row = {
-            "id": f"ppo-{update + 1}-{index}",
-            "prompt_id": prompt.id,
-            "seed": run.seed(NAME, update, index),
-            "step": update + 1,
-            "update": update + 1,
-            "prompt": prompt.prompt,
-            "tag": prompt.tag,
-            "response": response,
-        }
-        row |= {"score": value.item(), "kl": divergence.item()}
-        files.append_jsonl(folder / SAMPLES, row | ({"parts": part_scores(parts, index)} if parts else {}))
-
-
-def finish(run: Run, actors: Actors) -> dict[str, Any]:
-    """Write the trained roles; return the counts for the manifest."""
-    folder = run.stage_folder(NAME)
-    files.write_json(folder / SCALE, scale_of(actors))
-    actors.base.save_role(POLICY, folder / "policy")
-    if actors.own_critic:
-        actors.base.save_role(CRITIC, folder / "critic")
-    else:
-        head = {"score.weight": actors.base.heads[CRITIC].state_dict()["weight"].cpu()}
-        with files.fresh_folder(folder / "critic") as fresh:
-            save_file(head, fresh / "value_head.safetensors")
-    rows = [row for _, row in read_jsonl(folder / METRICS)]
-    fact = f"{len(rows)} updates of PPO; KL to the reference {rows[-1]['rollout/kl_to_reference']:.2f} nats a response."
-    write_policy_card(run, actors.base, folder / "policy", [fact])
-    return {
-        "updates": len(rows),
-        "responses": len(rows) * actors.settings.rollout_batch * actors.settings.samples_per_prompt,
-        "critic": "adapter" if actors.own_critic else "trunk",
-        "first_score": rows[0]["rollout/score"],
-        "last_score": rows[-1]["rollout/score"],
-        "last_kl_to_reference": rows[-1]["rollout/kl_to_reference"],
-    }
+def value_loss(actors: Actors, part: Rollout, hidden: Tensor) -> Tensor:
+    """Return the critic's clipped loss on a microbatch, a mean over tokens."""
+    values, mask = critic_values(actors, part.batch, hidden), part.batch.response_mask
+    return clipped_value_loss(values, part.values, part.returns, mask, actors.settings.cliprange_value).loss

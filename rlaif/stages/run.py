@@ -36,6 +36,7 @@ _NOT_DETERMINING = {
     "candidate_files",  # their content counts
     "min_heldout_accuracy",
     "min_judge_accuracy",
+    "ptx_file",  # its content counts
     "reference",  # its content counts
     "report_to",
     "save_steps",

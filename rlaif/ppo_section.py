@@ -1,0 +1,114 @@
+"""The recipe's section `ppo`: the settings of the optimization, and which of them go together."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from rlaif.reward_parts import CompositeSection
+from rlaif.sections import Combination, Fraction, NonNegative, Positive, PositiveFloat, WarmSamplingSection
+
+_GROUPS = ("rloo", "grpo", "dr_grpo")  # estimators that compare responses to one prompt
+_ONLY_GAE = {"gamma", "lam", "cliprange_value", "vf_coef", "critic", "whiten_rewards"}
+
+
+class PpoSection(CompositeSection):
+    """Proximal policy optimization, and its relatives without a critic."""
+
+    sampling: WarmSamplingSection = WarmSamplingSection()
+    prompts_per_tag: dict[str, Positive] = {}
+    updates: Positive = Field(50, description="iterations of sample, score, optimize")
+    rollout_batch: Positive = Field(16, description="prompts per iteration")
+    samples_per_prompt: Positive = 1
+    minibatch: Positive = Field(16, description="responses per optimizer step")
+    microbatch: Positive = Field(8, description="responses per forward and backward pass")
+    num_ppo_epochs: Positive = 4
+    target_kl: PositiveFloat | None = Field(
+        None, description="nats per token to the policy that sampled; an epoch that ends above it is an update's last"
+    )
+    advantage_estimator: Literal["gae", "rloo", "grpo", "dr_grpo", "reinforce"] = Field(
+        "gae", description="gae needs a critic; the others compare whole responses and have none"
+    )
+    loss_aggregation: Literal["auto", "token", "sequence", "constant"] = Field(
+        "auto", description="mean over tokens, over each response's tokens, or sums over max_new_tokens"
+    )
+    learning_rate: PositiveFloat = 1e-4
+    lr_scheduler_type: Literal["constant", "linear"] = "constant"
+    adam_epsilon: PositiveFloat = 1e-5
+    max_grad_norm: PositiveFloat = 1.0
+    gamma: Fraction = 1.0
+    lam: Fraction = 0.95
+    cliprange: PositiveFloat = 0.2
+    cliprange_value: PositiveFloat = 0.2
+    vf_coef: NonNegative = 0.1
+    entropy_coef: NonNegative = 0.0
+    kl_coef: NonNegative = 0.05
+    kl_in: Literal["auto", "reward", "loss"] = Field("auto", description="k1 in the reward, or k3 in the loss")
+    kl_target: PositiveFloat | None = Field(None, description="nats per response; adapts kl_coef")
+    whiten_rewards: bool = False
+    missing_eos_penalty: NonNegative = Field(0.0, description="taken off the score of a response without an end")
+    score_clip: PositiveFloat | None = None
+    critic: Literal["auto", "trunk", "adapter"] = Field("auto", description="auto: trunk on a CPU, adapter on a GPU")
+    reward_function: str | None = Field(None, description="a registered scoring function instead of the reward model")
+    reward_model: Combination = Combination()
+    ptx_coef: NonNegative = Field(0.0, description="weight of the loss on plain text (PPO-ptx); 0: none")
+    ptx_file: str | None = Field(None, min_length=1, description="plain text, or JSON lines with the column `text`")
+    ptx_length: Annotated[int, Field(gt=1)] = Field(256, description="tokens in a chunk of the text")
+    ptx_batch: Positive = Field(8, description="chunks per optimizer step")
+    save_every_updates: Positive = 1
+    sample_every_updates: Positive = 1
+
+    @model_validator(mode="after")
+    def _divides(self) -> "PpoSection":
+        if self.sampling.temperature == 0 or self.sampling.top_p < 1:
+            raise ValueError(
+                "sampling: PPO needs a temperature above 0 and top_p 1: its ratios are of the distribution sampled from"
+            )
+        responses = self.rollout_batch * self.samples_per_prompt
+        if responses % self.minibatch or self.minibatch % min(self.microbatch, self.minibatch):
+            raise ValueError(
+                f"rollout_batch x samples_per_prompt = {responses} must be a multiple of minibatch = {self.minibatch}, "
+                f"and that a multiple of microbatch = {self.microbatch}"
+            )
+        if self.reward_function and self.rewards:
+            raise ValueError("reward_function and rewards exclude each other; make the function a part of rewards")
+        return self
+
+    @model_validator(mode="after")
+    def _estimator_fits(self) -> "PpoSection":
+        estimator = self.advantage_estimator
+        unread = sorted(_ONLY_GAE & self.changed)
+        if not self.has_critic and unread:
+            raise ValueError(f"{unread[0]} is read where advantage_estimator is `gae`, and it is `{estimator}`")
+        if estimator in _GROUPS and self.samples_per_prompt < 2:
+            raise ValueError(
+                f"advantage_estimator `{estimator}` compares responses to one prompt, and samples_per_prompt is "
+                f"{self.samples_per_prompt}; at least 2 are expected"
+            )
+        if estimator == "reinforce" and self.rollout_batch * self.samples_per_prompt < 2:
+            raise ValueError(
+                "advantage_estimator `reinforce` compares responses; rollout_batch of at least 2 is expected"
+            )
+        if self.ptx_coef and not self.ptx_file:
+            raise ValueError("ptx_coef is above 0, but ptx_file names no text to learn from")
+        return self
+
+    @property
+    def has_critic(self) -> bool:
+        """Whether a critic takes part."""
+        return self.advantage_estimator == "gae"
+
+    @property
+    def kl_place(self) -> Literal["reward", "loss"]:
+        """Where the KL to the reference is priced: GRPO and its correction have it in the loss, the others not."""
+        if self.kl_in == "auto":
+            return "loss" if self.advantage_estimator in ("grpo", "dr_grpo") else "reward"
+        return self.kl_in
+
+    @property
+    def aggregation(self) -> Literal["token", "sequence", "constant"]:
+        """How terms of tokens become the policy's loss: as the estimator's authors do it, unless the recipe says."""
+        if self.loss_aggregation != "auto":
+            return self.loss_aggregation
+        if self.advantage_estimator in ("gae", "grpo"):
+            return "token" if self.has_critic else "sequence"
+        return "constant"
