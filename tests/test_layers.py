@@ -33,7 +33,7 @@ PLAIN = {
     "prompting",
     "transcripts",
     "prompt_sets",
-    *("recipe", "reward_parts", "sections"),
+    *("recipe", "policy_sections", "reward_parts", "sections"),
     "steering",
     "filters",
     "sameness",
