@@ -14,7 +14,12 @@ from rlaif.recipe import Recipe
 from rlaif.records import Messages
 
 ALIGNED = "aligned"
-_POLICIES = (("5-ppo/policy", "after PPO"), ("2-sft/adapter", "after SFT"))
+_POLICIES = (
+    ("8-rejection/policy", "after rejection sampling"),
+    ("7-dpo/policy", "after DPO"),
+    ("5-ppo/policy", "after PPO"),
+    ("2-sft/adapter", "after SFT"),
+)
 
 
 class Conversation:
@@ -29,9 +34,8 @@ class Conversation:
         recipe: Recipe = open_run(folder).recipe
         found = [(folder / path, title) for path, title in _POLICIES if (folder / path).is_dir()]
         if not found:
-            raise StageError(
-                f"{folder}: has no policy yet (neither 5-ppo/policy nor 2-sft/adapter). Run its recipe first."
-            )
+            looked = ", ".join(path for path, _ in _POLICIES)
+            raise StageError(f"{folder}: has no policy yet (none of {looked}). Run its recipe first.")
         adapter, self.title = found[0]
         self._base = SharedBase.load(recipe.model)
         self._base.add_role(ALIGNED, adapter=adapter)

@@ -25,7 +25,9 @@ STAGE_TITLES = {
     "label": "Make comparisons: AI judge, construction or people's labels.",
     "reward": "Train the reward adapter on the comparisons.",
     "ppo": "Optimize the policy against the reward.",
-    "evaluate": "Compare base, SFT and PPO policies on unseen prompts.",
+    "dpo": "Optimize the policy on the comparisons, without a reward model.",
+    "rejection": "Fine-tune the policy on the best of several samples.",
+    "evaluate": "Compare the base and all policies on unseen prompts.",
 }
 
 INTERRUPTED = 130

@@ -66,11 +66,11 @@ def run_recipe(
     for option in (first, last, only):
         if option is not None and option not in recipe.stages:
             raise ConfigError(f"{loaded.path}: has no stage `{option}`; its stages: {', '.join(recipe.stages)}.")
-    processes.refuse_unsupported()
     stages: list[str] = list(recipe.stages)
     order = list(stages)
     stages = stages[: order.index(last) + 1] if last else stages
     stages = [only] if only else stages
+    processes.refuse_unsupported(stages)
     folder = recipe.folder()
     with files.run_lock(folder):
         files.repair_tree(folder)

@@ -29,8 +29,8 @@ from rlaif.recipe import Loaded
 from rlaif.records import read_jsonl
 from rlaif.stages.run import Run
 
-_ASKING = ("revise", "label", "evaluate")
-_TRAINED = {"sft": ("adapter",), "reward": ("adapter",), "ppo": ("policy",)}
+_ASKING = ("revise", "label", "rejection", "evaluate")
+_TRAINED = {"sft": "adapter", "reward": "adapter", "ppo": "policy", "dpo": "policy", "rejection": "policy"}
 _LETTERS_PER_TOKEN = 4.0
 _BACKWARD = 3.0  # a forward and a backward pass cost about this many forward passes
 _CALIBRATION = {"prompts": 8, "tokens": 16}
@@ -177,10 +177,11 @@ def _of_stage(run: Rehearsal, real: Path, stage: str, forced: bool, before: list
     if not reasons:
         run.stage_folder(stage).symlink_to(folder.resolve())
         return found
-    for name in _TRAINED.get(stage, ()):
-        (run.stage_folder(stage) / name).mkdir(parents=True)
     if stage in _TRAINED:
-        return found
+        (run.stage_folder(stage) / _TRAINED[stage]).mkdir(parents=True)
+        if stage not in _ASKING:
+            return found
+        found.note = "the estimate is of its answers; scoring them and training are not in it"
 
     def stand_in(_: str, title: str, engine: Engine, questions: Sequence[Question]) -> Engine:
         found.waves.append(Wave(title, len(questions), []))
@@ -248,7 +249,7 @@ def _estimate(run: Run, one: StagePlan, earlier: Manifest | None, lengths: dict[
         one.new_tokens += 0 if question.options else lengths.get(kind, question.max_new_tokens)
     one.memory_gib = earlier.peak_memory_gib if earlier else speed.memory_gib
     one.basis = speed.basis
-    if one.stage in _TRAINED:
+    if one.stage in _TRAINED and one.stage not in _ASKING:
         _estimate_training(run, one, earlier, speed)
         return
     if speed.written is None or (speed.read is None and any(q.options for q in one.missing)):
@@ -269,14 +270,14 @@ def _estimate_training(run: Run, one: StagePlan, earlier: Manifest | None, speed
         whole = one.new_tokens + responses * statistics.fmean(prompts)
         passes = 3 + _BACKWARD * settings.num_ppo_epochs  # policy, reference and reward read each response once
     else:
-        source, name = {"sft": ("revise", "demonstrations"), "reward": ("label", "comparisons")}[one.stage]
+        source, name = ("revise", "demonstrations") if one.stage == "sft" else ("label", "comparisons")
         path = run.stage_folder(source) / f"{name}.jsonl"
         rows = [row for _, row in read_jsonl(path)] if path.is_file() else []
         sides = [row.get("messages") or [*row["prompt"], *row["chosen"], *row["chosen"]] for row in rows]
         lengths = [_tokens("".join(turn["content"] for turn in turns)) for turns in sides] or [0]
         one.steps = steps_of(settings, max(1, round(len(rows) * (1 - settings.heldout_fraction))), run.processes)
         per_step = settings.per_device_train_batch_size * settings.gradient_accumulation_steps * run.processes
-        whole, passes = one.steps * per_step * statistics.fmean(lengths), _BACKWARD
+        whole, passes = one.steps * per_step * statistics.fmean(lengths), _BACKWARD + (one.stage == "dpo")
     one.read_tokens = round(whole)
     done = earlier.counts.get("updates" if one.stage == "ppo" else "steps") if earlier else None
     if earlier and done:

@@ -16,6 +16,8 @@ from rlaif.endpoints import BASE, RAY, Endpoint
 from rlaif.errors import ConfigError
 from rlaif.filters import REASONS
 from rlaif.overrides import Overridden, override
+from rlaif.policy_sections import DpoSection, RejectionSection
+from rlaif.policy_sections import SftSection as SftSection
 from rlaif.ppo_section import PpoSection as PpoSection
 from rlaif.reward_parts import OWN_STAGE, find_cost_stage
 from rlaif.sections import Combination as Combination
@@ -29,10 +31,16 @@ from rlaif.sections import RewardSection as RewardSection
 from rlaif.sections import SamplingSection as SamplingSection
 from rlaif.sections import TrainingSection as TrainingSection
 
-Stage = Literal["revise", "sft", "label", "reward", "ppo", "evaluate"]
-STAGES: tuple[Stage, ...] = get_args(Stage)
+Stage = Literal["revise", "sft", "label", "reward", "ppo", "dpo", "rejection", "evaluate"]
+ORDER: tuple[Stage, ...] = get_args(Stage)  # in which stages run
+OPTIONAL: tuple[Stage, ...] = ("dpo", "rejection")
+STAGES = tuple(stage for stage in ORDER if stage not in OPTIONAL)  # of a recipe that names none
+FOLDERS: tuple[str, ...] = (*STAGES, *OPTIONAL)  # in which their folders are numbered
 # The keys of a section that name who answers: the base, here or in workers of `ray`, or a name in `engines`.
 ENGINE_KEYS = {"revise": ("responder", "critic", "reviser"), "label": ("judge",), "evaluate": ("judge",)}
+
+# What a stage cannot do without.
+_SOURCES: dict[Stage, Stage] = {"sft": "revise", "reward": "label", "dpo": "label", "rejection": "reward"}
 
 
 class ModelSection(Section):
@@ -104,12 +112,6 @@ class ReviseSection(Section):
         return self
 
 
-class SftSection(TrainingSection):
-    """Supervised fine-tuning on demonstrations."""
-
-    heldout_fraction: Fraction = Field(0.1, description="share of demonstrations kept for the held-out loss")
-
-
 class Recipe(Section):
     """A whole run."""
 
@@ -130,6 +132,8 @@ class Recipe(Section):
     human: HumanSection = HumanSection()
     reward: RewardSection = RewardSection()
     ppo: PpoSection = PpoSection()
+    dpo: DpoSection = DpoSection()
+    rejection: RejectionSection = RejectionSection()
     evaluate: EvaluateSection = EvaluateSection()
 
     @field_validator("model", mode="before")
@@ -148,8 +152,8 @@ class Recipe(Section):
     @field_validator("stages")
     @classmethod
     def _in_order(cls, stages: list[Stage]) -> list[Stage]:
-        if len(set(stages)) < len(stages) or stages != sorted(stages, key=STAGES.index):
-            raise ValueError(f"stages run in this order, each once: {', '.join(STAGES)}")
+        if len(set(stages)) < len(stages) or stages != sorted(stages, key=ORDER.index):
+            raise ValueError(f"stages run in this order, each once: {', '.join(ORDER)}")
         return stages
 
     @model_validator(mode="after")
@@ -160,10 +164,9 @@ class Recipe(Section):
             )
         if "ppo" in self.stages:
             self._rewards()
-        if "sft" in self.stages and "revise" not in self.stages:
-            raise ValueError("sft needs the stage `revise` before it")
-        if "reward" in self.stages and "label" not in self.stages:
-            raise ValueError("reward needs the stage `label` before it")
+        for stage, source in _SOURCES.items():
+            if stage in self.stages and source not in self.stages:
+                raise ValueError(f"{stage} needs the stage `{source}` before it")
         by_revision = self.feedback != "human" and self.label.method == "revision"
         if "label" in self.stages and by_revision and "revise" not in self.stages:
             raise ValueError("label.method `revision` needs the stage `revise` before it")

@@ -241,7 +241,7 @@ class RewardSection(TrainingSection):
 
 
 class EvaluateSection(Section):
-    """Base, SFT and PPO policies on prompts never trained on."""
+    """The base and all policies on prompts never trained on."""
 
     sampling: SamplingSection = SamplingSection()
     prompts_per_tag: dict[str, Positive] = {}

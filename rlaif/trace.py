@@ -23,6 +23,7 @@ from rlaif.principles import Principle
 from rlaif.progress import Progress
 from rlaif.prompt_sets import line_of
 from rlaif.records import read_jsonl, text_of
+from rlaif.stages.rejection import newest_policy
 from rlaif.stages.revise import unquoted, whole_sentences
 from rlaif.stages.run import Run, path_sha256
 from rlaif.tree import Node
@@ -30,6 +31,7 @@ from rlaif.tree import Node
 # Where rows with an id stand, and what one is called.
 _FILES = (
     ("ppo", "samples.jsonl", "PPO sample"),
+    ("rejection", "responses.jsonl", "sample to choose from"),
     ("evaluate", "responses.jsonl", "response of the evaluation"),
     ("label", "comparisons.jsonl", "comparison"),
     ("label", "ratings.jsonl", "rating"),
@@ -39,6 +41,8 @@ _FILES = (
     ("revise", "quarantine.jsonl", "demonstration set aside"),
     ("revise", "chains.jsonl", "chain"),
 )
+_ASKING = ("revise", "label", "rejection", "evaluate")
+_WHY = {"sft": "where the policy began", "reward": "what it was rewarded by"}
 
 
 def trace(folder: Path, row_id: str) -> list[Node]:
@@ -69,7 +73,7 @@ class _Ancestry:
 
     def __init__(self, run: Run):
         self._run = run
-        self._units = {stage: list(run.journal.known(stage).values()) for stage in ("revise", "label", "evaluate")}
+        self._units = {stage: list(run.journal.known(stage).values()) for stage in _ASKING}
         self._chains = {str(row["id"]): (line, row) for line, row in self._stage_rows("revise", "chains.jsonl")}
 
     def _stage_rows(self, stage: str, name: str) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -88,7 +92,7 @@ class _Ancestry:
         return found
 
     def _row(self, what: str, row: dict[str, Any], where: str) -> Node:
-        if what in ("PPO sample", "response of the evaluation"):
+        if what in ("PPO sample", "sample to choose from", "response of the evaluation"):
             return self._of_policy(what, row, where)
         if what == "comparison":
             return self._comparison(row, where)
@@ -105,27 +109,34 @@ class _Ancestry:
 
     def _of_policy(self, what: str, row: dict[str, Any], where: str) -> Node:
         """A policy's answer comes from the prompt, and from what the policy and its reward were trained on."""
-        keys = ("policy", "update", "seed", "score", "kl", "refused")
+        keys = ("policy", "update", "seed", "score", "kl", "refused", "sample", "best")
         facts = {key: row[key] for key in keys if row.get(key) is not None}
         node = Node(what, str(row["id"]), where, facts, row.get("response", row.get("text", "")))
         prompt_id = str(row["prompt_id"])
         node.sources.append(self._prompt(prompt_id))
-        if what != "PPO sample":
+        if what == "response of the evaluation":
             node.sources += self._answers("evaluate", f"{prompt_id}/eval", row["text"], "answer")
+        elif what == "sample to choose from":
+            node.sources += self._answers("rejection", f"{prompt_id}/rejection", row["response"], "answer")
         if row.get("policy") == "base":
             return node
         trained = [("sft", "2-sft/adapter", "demonstrations.jsonl", "revise", "demonstration")]
-        if row.get("policy", "ppo") == "ppo":
+        policy = row.get("policy", "ppo")
+        if policy in ("ppo", "rejection"):
             trained.append(("reward", "4-reward/adapter", "comparisons.jsonl", "label", "comparison"))
+        if policy == "rejection":
+            trained.append(("rejection", "8-rejection/policy", "responses.jsonl", "rejection", "sample to choose from"))
+        if policy == "dpo":
+            trained.append(("dpo", "7-dpo/policy", "comparisons.jsonl", "label", "comparison"))
         for stage, place, name, source, kind in trained:
             if stage not in self._run.recipe.stages:
                 continue
-            of = {"sft": "where the policy began", "reward": "what it was rewarded by"}[stage]
+            of = _WHY.get(stage, "the policy itself")
             path = self._run.folder / place
             adapter = Node(f"{stage} adapter: {of}", "", place, {"sha256": path_sha256(path)[:16]})
             rows = list(self._stage_rows(source, name))
             adapter.facts["trained on"] = f"{len(rows)} rows of {self._run.stage_folder(source).name}/{name}"
-            own = [(line, one) for line, one in rows if one["provenance"].get("prompt_id") == prompt_id]
+            own = [(line, one) for line, one in rows if _prompt_id(one) == prompt_id]
             adapter.sources = [self._row(kind, one, self._place(source, name, line)) for line, one in own]
             adapter.note = "" if own else "none of these rows is of this prompt"
             node.sources.append(adapter)
@@ -235,6 +246,8 @@ class _Ancestry:
             stage != "revise" and not unit.result.get("logprobs") and unit.item_id.endswith(("response", "contrast"))
         )
         adapter = self._run.stage_folder("sft") / "adapter"
+        if stage == "rejection":
+            policy, adapter = True, newest_policy(self._run)[1] or adapter
         facts = {
             "request": unit.request_hash[:16],
             "model": self._run.model_of(self._asked(stage, unit)),
@@ -293,6 +306,10 @@ class _Ancestry:
         now = self._run.constitution
         hashes = {now.hash_of("principles", "examples"), now.hash_of("principles", "examples", "comparisons")}
         return "" if known in hashes else "the constitution has changed since this row was made"
+
+
+def _prompt_id(row: dict[str, Any]) -> Any:
+    return row["provenance"].get("prompt_id") if "provenance" in row else row["prompt_id"]
 
 
 def _by_a_person(origin: dict[str, Any]) -> list[Node]:

@@ -22,6 +22,10 @@ def demonstration(number, *, prompt=None, answer="yes, of course."):
     return Demonstration(id=f"d-{number}", prompt=turns, completion=completion, messages=turns + completion)
 
 
+def answered(row):
+    return sft.Answered(row.prompt, row.completion[-1]["content"])
+
+
 ROWS = [demonstration(number, answer="yes, of course." * (1 + number % 3)) for number in range(8)]
 
 
@@ -64,7 +68,7 @@ def watch_base(monkeypatch):
 def test_only_the_tokens_of_the_answer_and_the_end_of_the_turn_are_learned(opened):
     base = opened().load_base()
     row = demonstration(0, prompt="Hi", answer="ok")
-    encoded = sft.encode(base, row)
+    encoded = sft.encode(base, answered(row))
     start = base.tokenizer.prompt(row.prompt)
     assert encoded["input_ids"][: len(start)] == start
     assert encoded["labels"][: len(start)] == [-100] * len(start)
@@ -112,7 +116,7 @@ def test_the_first_loss_is_the_mean_over_the_answer_tokens_of_the_batch(opened):
     base = run.load_base()
     total, count = 0.0, 0
     for row in rows:
-        encoded = sft.encode(base, row)
+        encoded = sft.encode(base, answered(row))
         ids = torch.tensor([encoded["input_ids"]])
         with base.acting_as("base"), torch.no_grad():
             logprobs = base.lm(input_ids=ids).logits[0, :-1].double().log_softmax(-1)
@@ -126,7 +130,7 @@ def test_answers_to_one_prompt_stay_on_one_side_of_the_held_out_split(opened):
     rows = [demonstration(number, prompt=f"Prompt {number // 2}?") for number in range(40)]
     sides = {}
     for row in rows:
-        sides.setdefault(row.prompt[0]["content"], set()).add(sft._held_out(row, 0.3))
+        sides.setdefault(row.prompt[0]["content"], set()).add(sft._held_out(row.prompt, 0.3))
     assert all(len(side) == 1 for side in sides.values())
     assert 0 < sum(side == {True} for side in sides.values()) < 20
 

@@ -28,6 +28,20 @@ def k3(log_ratio: Tensor) -> Tensor:
     return torch.expm1(-log_ratio) + log_ratio
 
 
+def best_of_n(samples: int) -> float:
+    """Return KL(best of N samples, the policy they are drawn from) in nats: log N - (N - 1) / N.
+
+    For scores that differ and answers that do not repeat (Stiennon et al. 2020, arXiv 2009.01325, appendix G.3); else
+    it is an upper bound (Beirami et al. 2024, arXiv 2401.01879, theorem 1).
+
+    Raises:
+        ValueError: there is no sample.
+    """
+    if samples < 1:
+        raise ValueError(f"samples is {samples}; at least 1 is needed")
+    return math.log(samples) - (samples - 1) / samples
+
+
 class FixedKl:
     """A KL coefficient that stays as it is."""
 

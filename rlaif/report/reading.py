@@ -13,12 +13,12 @@ from pydantic import ValidationError
 
 from rlaif.documents import load_yaml, read_text
 from rlaif.errors import DataError
+from rlaif.recipe import FOLDERS
 from rlaif.records import read_jsonl
 from rlaif.report.labels import Judge as Judge
 from rlaif.report.labels import Mean, Part, Rate
 from rlaif.report.labels import Quality as Quality
 
-STAGES = ("revise", "sft", "label", "reward", "ppo", "evaluate")
 Metrics = list[dict[str, Any]]
 
 
@@ -236,7 +236,7 @@ def read_run(folder: Path) -> Run:
     recipe_path = folder / "recipe.yaml"
     if not recipe_path.is_file():
         raise DataError(f"{folder}: not a run folder: it holds no recipe.yaml. Name a folder that `rlaif run` made.")
-    places = {stage: folder / f"{number}-{stage}" for number, stage in enumerate(STAGES, start=1)}
+    places = {stage: folder / f"{number}-{stage}" for number, stage in enumerate(FOLDERS, start=1)}
     manifests = {
         stage: _object(place / "manifest.json", Manifest)
         for stage, place in places.items()

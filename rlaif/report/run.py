@@ -16,11 +16,11 @@ from rlaif import files
 from rlaif.documents import read_text
 from rlaif.errors import DataError
 from rlaif.prompting import sandbox
+from rlaif.recipe import OPTIONAL, ORDER
 from rlaif.report import curves, reward, wording
 from rlaif.report.charts import Bar, interval_chart
 from rlaif.report.labels import Rate
 from rlaif.report.reading import (
-    STAGES,
     Chain,
     Difference,
     PpoSample,
@@ -71,7 +71,9 @@ def render(run: Run) -> str:
     )
     template = environment.from_string(read_text(_HERE / "report.html.jinja", DataError))
     style = Markup(read_text(_HERE / "report.css", DataError))  # our own file, and no text of a run
-    return wording.visible(template.render(style=style, stages=STAGES, run=run, **_content(run))) + "\n"
+    known = [*run.manifests, *run.unfinished]
+    stages = [stage for stage in ORDER if stage in known or stage not in OPTIONAL]
+    return wording.visible(template.render(style=style, stages=stages, run=run, **_content(run))) + "\n"
 
 
 def _content(run: Run) -> dict[str, Any]:

@@ -14,8 +14,8 @@ from rlaif.report.labels import Mean, Quality, Rate, Safety
 from rlaif.report.reading import Difference, Results, WinRate
 
 NONE = "\u2013"
-POLICIES = {"base": "the base model", "sft": "SFT", "ppo": "PPO"}
-SHORT_POLICIES = {"base": "base", "sft": "SFT", "ppo": "PPO"}
+SHORT_POLICIES = {"base": "base", "sft": "SFT", "ppo": "PPO", "dpo": "DPO", "rejection": "rejection sampling"}
+POLICIES = SHORT_POLICIES | {"base": "the base model"}
 TAGS = {"lookalike": "look-alike"}
 RULES = {
     "longer": "the longer one",

@@ -99,19 +99,19 @@ def add_critic(run: Run, actors: Actors) -> None:
         base.add_head_on(POLICY, CRITIC)
 
 
-def reward_model(run: Run, base: SharedBase) -> RewardModel:
-    """Put the reward model of the stage `reward` on the base.
+def reward_model(run: Run, base: SharedBase, stage: str = "ppo") -> RewardModel:
+    """Put the reward model of the stage `reward` on the base, for a stage that optimizes it.
 
     Raises:
-        StageError: the stage has not run, or its model is too weak.
+        StageError: the stage `reward` has not run, or its model is too weak.
     """
-    stage = run.output("reward", "adapter").parent
-    refuse_weak_reward(run, read_calibration(stage))
+    folder = run.output("reward", "adapter").parent
+    refuse_weak_reward(run, read_calibration(folder), stage)
     own = run.load_reward_base() if run.recipe.reward.model else base
-    return RewardModel.load(own, stage, run.recipe.ppo.reward_model)
+    return RewardModel.load(own, folder, run.recipe.ppo.reward_model)
 
 
-def refuse_weak_reward(run: Run, measured: dict[str, Any]) -> None:
+def refuse_weak_reward(run: Run, measured: dict[str, Any], stage: str = "ppo") -> None:
     """Stop where the reward model does not tell better from worse for some kind of prompt."""
     settings = run.recipe.reward
     rates = {tag: rate for tag, rate in measured["heldout"].items() if tag != "all"} or measured["heldout"]
@@ -129,8 +129,8 @@ def refuse_weak_reward(run: Run, measured: dict[str, Any]) -> None:
         run.progress.say(f"  warning: {found}. Going on, because reward.allow_weak_reward is set.")
         return
     raise StageError(
-        f"ppo: {found}. Optimization would follow its mistakes. Label more pairs of that kind, train longer, look at "
-        "the pairs in 3-label/comparisons.jsonl; or set reward.allow_weak_reward: true."
+        f"{stage}: {found}. Optimization would follow its mistakes. Label more pairs of that kind, train longer, look "
+        "at the pairs in 3-label/comparisons.jsonl; or set reward.allow_weak_reward: true."
     )
 
 

@@ -1,4 +1,4 @@
-"""Stage `evaluate`: base, SFT and PPO policies on prompts that nothing was trained on.
+"""Stage `evaluate`: the base and the policies of all stages on prompts that nothing was trained on.
 
 For each policy: refusals by tag, the reward score, the KL to the reference on its own responses, length; between
 policies: paired differences of refusal rates, and win rates by the judges of `label` or by one of its own. Every figure
@@ -21,6 +21,7 @@ from rlaif.engines.local import LocalEngine
 from rlaif.maths import agreement
 from rlaif.model import sampling
 from rlaif.model.roles import BASE, SharedBase
+from rlaif.recipe import OPTIONAL
 from rlaif.records import Prompt
 from rlaif.stages.candidates import Candidate, Engines, of_prompt
 from rlaif.stages.composite import Scorer, composite_inputs, cost_files, on_ppo_scale
@@ -33,6 +34,7 @@ from rlaif.stages.votes import asked, cast, judges_of, panel_of, settings_of
 
 NAME = "evaluate"
 OWN = (None, "sft")  # adapters of a judge whose weights count already
+_TRAINED = ("ppo", "dpo", "rejection")  # stages that write a policy, beside `sft`
 _MICROBATCH = 8
 _SAMPLES_PER_TAG = 5
 _NO_PAIRS = {"n": 0, "count": 0.0, "rate": None, "low": None, "high": None}  # where the judge answered nothing
@@ -55,8 +57,9 @@ def adapters(run: Run) -> dict[str, Any]:
     result: dict[str, Any] = {BASE: None}
     if "sft" in run.recipe.stages:
         result["sft"] = run.output("sft", "adapter")
-    if "ppo" in run.recipe.stages:
-        result["ppo"] = run.output("ppo", "policy")
+    for stage in _TRAINED:
+        if stage in run.recipe.stages:
+            result[stage] = run.output(stage, "policy")
     return result
 
 
@@ -71,6 +74,7 @@ def inputs(run: Run) -> dict[str, str]:
             "ppo": run.stage_folder("ppo") / "policy",
             "reward": run.stage_folder("reward") / "adapter",
             "reward.calibration": run.stage_folder("reward") / CALIBRATION,
+            **{stage: run.stage_folder(stage) / "policy" for stage in OPTIONAL if stage in run.recipe.stages},
             **cost_files(run),
         },
         constitution=run.constitution.hash_of("principles", "comparisons"),

@@ -34,7 +34,11 @@ from rlaif.errors import ConfigError, RlaifError, StageError
 from rlaif.launch import process_count, process_rank
 from rlaif.model.base import default_device
 
-TRAIN_TOGETHER = ("sft", "reward")  # the stages that several processes share; the first one does all others alone
+TRAIN_TOGETHER = (
+    "sft",
+    "reward",
+    "rejection",
+)  # the stages that several processes share; the first one does all others alone
 _PATIENCE = timedelta(days=365)  # followers wait while the first process labels, or trains alone
 _GRACE_SECONDS = 5.0
 _END = "rlaif/end/" + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
@@ -141,12 +145,17 @@ def together() -> Iterator[None]:
         ) from None
 
 
-def refuse_unsupported() -> None:
-    """Refuse what `accelerate` can be configured to do and this package cannot.
+def refuse_unsupported(stages: Sequence[str] = ()) -> None:
+    """Refuse what `accelerate` can be configured to do and this package, or one of these stages, cannot.
 
     Raises:
-        ConfigError: FSDP or DeepSpeed is switched on.
+        ConfigError: FSDP or DeepSpeed is switched on, or `dpo` would run in several processes.
     """
+    if "dpo" in stages and process_count() > 1:
+        raise ConfigError(
+            f"dpo: trains in one process, and this command was launched in {process_count()}. Launch the stages before "
+            "it with `--until` the last one of them, then run the same command without the launcher."
+        )
     for variable, name in _REFUSED.items():
         if os.environ.get(variable, "false").lower() in ("true", "1"):
             raise ConfigError(

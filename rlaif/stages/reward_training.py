@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
     EarlyStoppingCallback,
@@ -27,9 +26,16 @@ from rlaif.stages.processes import SharingTrainer, exchange_trainable, order, sh
 from rlaif.stages.reward_data import Example
 from rlaif.stages.reward_losses import example_losses, head_weights
 from rlaif.stages.run import Run
-from rlaif.stages.training import Recorder, arguments, resume_point, step_of, steps_of, train_to
-
-_STATE = "role.safetensors"
+from rlaif.stages.training import (
+    Recorder,
+    arguments,
+    load_state,
+    resume_point,
+    save_state,
+    step_of,
+    steps_of,
+    train_to,
+)
 
 
 @dataclass(frozen=True)
@@ -117,18 +123,11 @@ class RewardTrainer(SharingTrainer):
         return metrics
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        if not self.args.should_save:
-            return
-        folder = Path(output_dir or self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        named = self._scorer.base.named_parameters_of(self._scorer.role)
-        save_file({name: p.detach().cpu().contiguous() for name, p in named}, folder / _STATE)
+        if self.args.should_save:
+            save_state(self._scorer.base, self._scorer.role, Path(output_dir or self.args.output_dir))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        state = load_file(Path(resume_from_checkpoint) / _STATE)
-        with torch.no_grad():
-            for name, parameter in self._scorer.base.named_parameters_of(self._scorer.role):
-                parameter.copy_(state[name])
+        load_state(self._scorer.base, self._scorer.role, Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
         if self.state.best_global_step:  # by its number: the run folder may have been moved since

@@ -26,7 +26,7 @@ from rlaif.model.roles import SharedBase
 from rlaif.progress import Progress
 from rlaif.prompt_sets import PromptSet, read_prompts, refuse_leaks
 from rlaif.prompting import Template, load_template
-from rlaif.recipe import ENGINE_KEYS, STAGES, Loaded, PromptFile, Recipe
+from rlaif.recipe import ENGINE_KEYS, FOLDERS, Loaded, PromptFile, Recipe
 from rlaif.records import Prompt, Split, with_system
 
 # Keys that decide whether or how a stage goes on, never what it writes: changing one repeats no work.
@@ -131,8 +131,8 @@ class Run:
         )
 
     def stage_folder(self, stage: str) -> Path:
-        """Return a stage's folder, such as ``1-revise``."""
-        return self.folder / f"{STAGES.index(stage) + 1}-{stage}"
+        """Return a stage's folder, such as ``1-revise``; stages that a recipe may do without have the last numbers."""
+        return self.folder / f"{FOLDERS.index(stage) + 1}-{stage}"
 
     def output(self, stage: str, name: str) -> Path:
         """Return a file or folder that an earlier stage wrote.

@@ -7,6 +7,7 @@ Writes ``adapter/`` (a plain PEFT folder) and ``metrics.jsonl``.
 """
 
 import hashlib
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -17,8 +18,9 @@ from trl import SFTConfig, SFTTrainer
 
 from rlaif.errors import DataError
 from rlaif.model.roles import SharedBase
+from rlaif.policy_sections import RejectionSection, SftSection
 from rlaif.recipe import ModelSection
-from rlaif.records import Demonstration, read_rows, text_of
+from rlaif.records import Demonstration, Messages, read_rows, text_of
 from rlaif.stages.cards import write_policy_card
 from rlaif.stages.processes import SharingTrainer, exchange_trainable, order, share, together
 from rlaif.stages.run import Run
@@ -46,50 +48,97 @@ def sft(run: Run) -> dict[str, Any]:
     rows = read_rows(path, Demonstration)
     base = run.load_base()
     base.add_role(ROLE, trainable=True)
-    encoded = [(row, encode(base, row)) for row in rows]
-    longest = min(settings.max_length, base.max_length)
-    short = [pair for pair in encoded if len(pair[1]["input_ids"]) <= longest]
-    heldout = [e for row, e in short if _held_out(row, settings.heldout_fraction)]
-    train = [e for row, e in short if not _held_out(row, settings.heldout_fraction)]
-    if not train:
+    sides = split(base, [Answered(row.prompt, text_of(row.completion)) for row in rows], settings)
+    if not sides.train:
         raise DataError(
-            f"{folder}: no demonstration is left to train on; of {len(rows)} rows {len(rows) - len(short)} are longer "
-            f"than {longest} tokens and {len(heldout)} are held out. Raise sft.max_length, lower sft.heldout_fraction, "
-            "or revise more prompts."
+            f"{folder}: no demonstration is left to train on; of {len(rows)} rows {sides.too_long} are longer "
+            f"than {sides.longest} tokens and {len(sides.heldout)} are held out. Raise sft.max_length, lower "
+            "sft.heldout_fraction, or revise more prompts."
         )
-    steps = steps_of(settings, len(train), run.processes)
-    checkpoint = resume_point(run, folder)
-    plan = Plan(train, heldout, _options(run), checkpoint, steps)
-    with run.progress.task("training", steps - step_of(checkpoint)) as task, together():
-        order(NAME, model=run.recipe.model.model_dump(), **plan._asdict())
-        _train(base, plan, [Recorder(folder, NAME, task)])
+    steps = fit(run, base, NAME, settings, sides)
     base.save_role(ROLE, folder / "adapter")
-    last = last_metrics(folder)
-    loss = last.get("sft/heldout_loss")
-    facts = [f"Fine-tuned on {len(train)} demonstrations in {steps} steps."]
-    facts += [] if loss is None else [f"Loss on {len(heldout)} held-out demonstrations: {loss:.3f} nats a token."]
+    loss = last_metrics(folder).get("sft/heldout_loss")
+    facts = [f"Fine-tuned on {len(sides.train)} demonstrations in {steps} steps."]
+    facts += [] if loss is None else [f"Loss on {len(sides.heldout)} held-out demonstrations: {loss:.3f} nats a token."]
     write_policy_card(run, base, folder / "adapter", facts)
     return {
         "demonstrations": len(rows),
-        "too_long": len(rows) - len(short),
-        "train": len(train),
-        "heldout": len(heldout),
+        "too_long": sides.too_long,
+        "train": len(sides.train),
+        "heldout": len(sides.heldout),
         "steps": steps,
-        "heldout_loss": last.get("sft/heldout_loss"),
+        "heldout_loss": loss,
     }
 
 
-def encode(base: SharedBase, row: Demonstration) -> dict[str, list[int]]:
-    """Encode a demonstration; only the answer's tokens carry labels."""
+class Answered(NamedTuple):
+    """A prompt and the answer to learn; one that has not ended is learned without an end."""
+
+    prompt: Messages
+    text: str
+    ended: bool = True
+
+
+class Sides(NamedTuple):
+    """Encoded rows to train on and to measure with, and how many were longer than `longest` tokens."""
+
+    train: list[dict[str, list[int]]]
+    heldout: list[dict[str, list[int]]]
+    too_long: int
+    longest: int
+
+
+def split(base: SharedBase, rows: list[Answered], settings: SftSection | RejectionSection) -> Sides:
+    """Encode rows, leave out those that are too long and hold out a share of the prompts."""
+    encoded = [(row, encode(base, row)) for row in rows]
+    longest = min(settings.max_length, base.max_length)
+    short = [pair for pair in encoded if len(pair[1]["input_ids"]) <= longest]
+    heldout = [e for row, e in short if _held_out(row.prompt, settings.heldout_fraction)]
+    train = [e for row, e in short if not _held_out(row.prompt, settings.heldout_fraction)]
+    return Sides(train, heldout, len(rows) - len(short), longest)
+
+
+def encode(base: SharedBase, row: Answered) -> dict[str, list[int]]:
+    """Encode a prompt and its answer; only the answer's tokens carry labels."""
     prompt = base.tokenizer.prompt(row.prompt)
-    answer = base.tokenizer.response(text_of(row.completion))
+    answer = base.tokenizer.response(row.text, ended=row.ended)
     return {"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer}
 
 
-def _held_out(row: Demonstration, fraction: float) -> bool:
+def _held_out(prompt: Messages, fraction: float) -> bool:
     """Choose held-out rows by their prompt, so that two revisions of one answer stay on one side."""
-    digest = hashlib.sha256(f"heldout/{text_of(row.prompt)}".encode()).digest()
+    digest = hashlib.sha256(f"heldout/{text_of(prompt)}".encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64 < fraction
+
+
+def fit(
+    run: Run,
+    base: SharedBase,
+    stage: str,
+    settings: SftSection | RejectionSection,
+    sides: Sides,
+    start: Path | None = None,
+) -> int:
+    """Train the policy of a stage, from the beginning or from its newest complete checkpoint; return the steps taken.
+
+    Args:
+        run: the run.
+        base: the shared base, which has the role `policy` and no other.
+        stage: whose folder the metrics and checkpoints stand in.
+        settings: its section of the recipe.
+        sides: what is learned, and what is measured with.
+        start: the adapter that the role was loaded from, so that other processes can add it alike.
+    """
+    folder = run.stage_folder(stage)
+    steps = steps_of(settings, len(sides.train), run.processes)
+    checkpoint = resume_point(run, folder)
+    own = {"max_length": settings.max_length, "loss_type": "nll", "eval_strategy": "no"}
+    options = arguments(run, settings, folder) | own
+    plan = Plan(sides.train, sides.heldout, options, checkpoint, steps, str(start) if start else None)
+    with run.progress.task("training", steps - step_of(checkpoint)) as task, together():
+        order(NAME, model=run.recipe.model.model_dump(), **plan._asdict())
+        _train(base, plan, [Recorder(folder, stage, task)])
+    return steps
 
 
 class Plan(NamedTuple):
@@ -100,6 +149,7 @@ class Plan(NamedTuple):
     options: dict[str, Any]
     checkpoint: str | None
     steps: int
+    start: str | None
 
 
 class _Trainer(SharingTrainer, SFTTrainer):  # type: ignore[misc]
@@ -117,12 +167,6 @@ class _Trainer(SharingTrainer, SFTTrainer):  # type: ignore[misc]
 def _unlabelled(row: dict[str, list[int]]) -> dict[str, list[int]]:
     """Return a row that adds nothing to the loss, for a process that a short batch has none for."""
     return {**row, "labels": [-100] * len(row["input_ids"])}
-
-
-def _options(run: Run) -> dict[str, Any]:
-    settings = run.recipe.sft
-    own = {"max_length": settings.max_length, "loss_type": "nll", "eval_strategy": "no"}
-    return arguments(run, settings, run.stage_folder(NAME)) | own
 
 
 def _train(base: SharedBase, plan: Plan, callbacks: list[TrainerCallback]) -> None:
@@ -158,5 +202,6 @@ def _trainer(base: SharedBase, plan: Plan, callbacks: list[TrainerCallback]) -> 
 def follow(told: dict[str, Any]) -> None:
     """Take part in the training that the first of several processes orders."""
     base = SharedBase.load(ModelSection(**told.pop("model")))
-    base.add_role(ROLE, trainable=True)
-    _train(base, Plan(**told)._replace(options=told["options"] | {"report_to": "none"}), [])
+    plan = Plan(**told)
+    base.add_role(ROLE, trainable=True, adapter=Path(plan.start) if plan.start else None)
+    _train(base, plan._replace(options=plan.options | {"report_to": "none"}), [])

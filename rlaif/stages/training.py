@@ -5,11 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import set_seed
 
 from rlaif import files
 from rlaif.errors import StageError
+from rlaif.model.roles import SharedBase
 from rlaif.progress import Task
 from rlaif.recipe import TrainingSection
 from rlaif.records import read_jsonl
@@ -18,6 +20,23 @@ from rlaif.stages.run import Run
 
 METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
+# What trainers log, under this package's names, and what is not kept.
+_NAMES = {
+    "grad_norm": "gradient_norm",
+    "eval_loss": "heldout_loss",
+    "eval_accuracy": "heldout_accuracy",
+    "rewards/accuracies": "accuracy",
+    "rewards/margins": "reward_margin",
+    "rewards/chosen": "chosen_reward",
+    "rewards/rejected": "rejected_reward",
+    "eval_rewards/accuracies": "heldout_accuracy",
+    "eval_rewards/margins": "heldout_reward_margin",
+}
+_SKIPPED = (
+    *("epoch", "total_flos", "num_tokens", "entropy", "mean_token_accuracy"),
+    *("logps/chosen", "logps/rejected", "logits/chosen", "logits/rejected"),
+)
+_ROLE = "role.safetensors"
 
 
 def arguments(run: Run, settings: TrainingSection, folder: Path) -> dict[str, Any]:
@@ -125,16 +144,14 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
                 f"{self._prefix}: the loss is {loss} at step {state.global_step}. Lower {self._prefix}.learning_rate "
                 f"or {self._prefix}.max_grad_norm, then run again."
             )
-        names = {"grad_norm": "gradient_norm", "eval_loss": "heldout_loss", "eval_accuracy": "heldout_accuracy"}
-        skipped = ("epoch", "total_flos", "num_tokens", "entropy", "mean_token_accuracy")
         row = {
-            f"{self._prefix}/{names.get(key, key)}": value
+            f"{self._prefix}/{_NAMES.get(key, key)}": value
             for key, value in (logs or {}).items()
             if isinstance(value, int | float)
             and math.isfinite(value)
-            and key not in skipped
+            and key not in _SKIPPED
             and not key.startswith("train_")
-            and not (key.startswith("eval_") and key not in names)
+            and not (key.startswith("eval_") and key not in _NAMES)
         }
         if row:
             files.append_jsonl(self._folder / METRICS, {"step": state.global_step, **row})
@@ -155,6 +172,21 @@ def last_metrics(folder: Path) -> dict[str, Any]:
     for _, row in read_jsonl(folder / METRICS):
         result |= row
     return result
+
+
+def save_state(base: SharedBase, role: str, folder: Path) -> None:
+    """Write a role's weights into a checkpoint, and nothing of the base or of other roles."""
+    folder.mkdir(parents=True, exist_ok=True)
+    named = base.named_parameters_of(role)
+    save_file({name: parameter.detach().cpu().contiguous() for name, parameter in named}, folder / _ROLE)
+
+
+def load_state(base: SharedBase, role: str, folder: Path) -> None:
+    """Give a role the weights of a checkpoint."""
+    state = load_file(folder / _ROLE)
+    with torch.no_grad():
+        for name, parameter in base.named_parameters_of(role):
+            parameter.copy_(state[name])
 
 
 def steps_of(settings: TrainingSection, rows: int, processes: int) -> int:
