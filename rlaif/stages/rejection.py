@@ -95,8 +95,8 @@ def rejection(run: Run) -> dict[str, Any]:
     facts = [
         f"Fine-tuned on the best of {settings.samples_per_prompt} responses to each of {len(sides.train)} prompts in "
         f"{steps} steps.",
-        f"The best responses score {gained['best_score']:.3f} on average and all responses {gained['mean_score']:.3f}, in "
-        "standard deviations of the reward model.",
+        f"The best responses score {gained['best_score']:.3f} on average and all responses {gained['mean_score']:.3f}, "
+        "in standard deviations of the reward model.",
     ]
     write_policy_card(run, base, folder / "policy", facts)
     return {
