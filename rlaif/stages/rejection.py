@@ -94,8 +94,9 @@ def rejection(run: Run) -> dict[str, Any]:
     gained = gain(rows)
     facts = [
         f"Fine-tuned on the best of {settings.samples_per_prompt} responses to each of {len(sides.train)} prompts in "
-        f"{steps} steps; their mean score is {gained['best_score']:.3f}, that of all responses "
-        f"{gained['mean_score']:.3f}, in standard deviations of the reward model.",
+        f"{steps} steps.",
+        f"The best responses score {gained['best_score']:.3f} on average and all responses {gained['mean_score']:.3f}, "
+        "in standard deviations of the reward model.",
     ]
     write_policy_card(run, base, folder / "policy", facts)
     return {
