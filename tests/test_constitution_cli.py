@@ -304,6 +304,7 @@ def test_a_judge_that_cannot_be_is_told_before_a_model_is_loaded(rlaif, small, t
     assert (code, said in err) == (2, True), err
 
 
+@pytest.mark.slow
 def test_a_server_proposes_and_votes(rlaif, no_sync, tmp_path):
     def plays(asked: Asked) -> Reply:
         question = Question("asked", asked.body["messages"])

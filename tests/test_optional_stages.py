@@ -77,6 +77,7 @@ def test_a_recipe_that_names_no_stages_has_neither(tmp_path, tiny_model):
     assert not {"dpo", "rejection"} & set(loaded(tmp_path, tiny_model).recipe.stages)
 
 
+@pytest.mark.slow
 def test_their_folders_come_last_and_others_keep_their_numbers(run_folder):
     found = sorted(path.name for path in run_folder.iterdir() if path.is_dir())
     assert found == [
@@ -89,6 +90,7 @@ def test_their_folders_come_last_and_others_keep_their_numbers(run_folder):
         assert not (run_folder / name / "checkpoints").exists()
 
 
+@pytest.mark.slow
 def test_everything_is_up_to_date_afterwards(run_folder):
     said = []
     progress = Progress(quiet=True)
@@ -97,6 +99,7 @@ def test_everything_is_up_to_date_afterwards(run_folder):
     assert [line.partition(": ")[2] for line in said] == ["up to date"] * len(ALL)
 
 
+@pytest.mark.slow
 def test_evaluate_measures_all_policies(run_folder):
     results = json.loads((run_folder / "6-evaluate" / "results.json").read_text())
     assert results["policies"] == list(results["metrics"]) == ["base", "sft", "ppo", "dpo", "rejection"]
@@ -112,6 +115,7 @@ def test_what_evaluate_depends_on_has_the_same_names_without_them(tmp_path, tiny
         assert not {"dpo", "rejection"} & evaluate.inputs(run).keys()
 
 
+@pytest.mark.slow
 def test_the_report_names_them_where_they_ran(run_folder, tmp_path, tiny_model):
     page = write_report(run_folder).read_text(encoding="utf-8")
     for text in ("<th>dpo</th>", "<th>rejection</th>", "<th>DPO</th>", "<th>rejection sampling</th>"):
@@ -122,10 +126,12 @@ def test_the_report_names_them_where_they_ran(run_folder, tmp_path, tiny_model):
     assert "<th>dpo</th>" not in write_report(bare).read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_chat_takes_the_policy_that_was_trained_last(run_folder):
     assert Conversation(run_folder, max_new_tokens=2, temperature=0.0).title == "after rejection sampling"
 
 
+@pytest.mark.slow
 def test_a_trace_leads_from_an_answer_to_the_samples_and_comparisons_behind_it(run_folder):
     rows = tiny_runs.rows(run_folder / "8-rejection" / "responses.jsonl")
     shown = "\n".join(tree.as_lines(trace.trace(run_folder, rows[0]["id"])))
@@ -136,6 +142,7 @@ def test_a_trace_leads_from_an_answer_to_the_samples_and_comparisons_behind_it(r
         assert place in shown and "2-sft/adapter" in shown and f"{others}/policy" not in shown
 
 
+@pytest.mark.slow
 def test_a_plan_counts_the_samples_and_the_steps(run_folder, tmp_path, tiny_model):
     fresh = loaded(tmp_path, tiny_model, output=str(tmp_path / "run"), stages=ALL, **SECTIONS)
     found = {one.stage: one for one in plan(fresh)}
@@ -146,6 +153,7 @@ def test_a_plan_counts_the_samples_and_the_steps(run_folder, tmp_path, tiny_mode
     assert again["dpo"].reasons == [] and len(again["rejection"].missing) == 0
 
 
+@pytest.mark.slow
 def test_each_has_a_command(run_folder):
     for stage in ("dpo", "rejection"):
         done = CliRunner().invoke(app, [stage, str(run_folder / "recipe.yaml")])

@@ -203,6 +203,7 @@ def test_responses_that_are_too_long_leave_nothing_and_the_error_says_so(opened)
 # --- killed and resumed ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_cut_off_while_sampling_scoring_and_training_equals_one_that_was_not(opened, monkeypatch):
     whole = opened("whole", num_train_epochs=3.0)
     counts = rejection.rejection(whole)

@@ -291,6 +291,7 @@ def test_several_heads_and_adapters_are_members_that_differ_and_reload(opened):
     assert [row["step"] for row in tiny_runs.rows(folder / "reward-2" / "metrics.jsonl")] == [1, 2, 3]
 
 
+@pytest.mark.slow
 def test_an_ensemble_stopped_within_its_second_adapter_goes_on_there(opened):
     settings = {"max_steps": 4, "num_adapters": 2}
     whole = opened("whole", **settings)
