@@ -246,6 +246,7 @@ def test_recomputed_activations_change_nothing_beyond_rounding(opened):
 # --- resuming --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("four_bit", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_training_cut_off_and_resumed_equals_training_that_was_not_to_the_bit(
     opened, tiny_model_64, four_bit, monkeypatch

@@ -80,6 +80,7 @@ def test_a_judge_that_agrees_without_any_principle_is_seen_to_do_so(found):
     assert induced.evidence["judge_without_a_principle"]["accuracy"]["rate"] == 1.0
 
 
+@pytest.mark.slow
 def test_what_speaks_against_the_labels_is_dropped_too(found):
     def contrary(question):
         return planted.vote(question)[::-1]

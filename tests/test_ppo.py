@@ -358,6 +358,7 @@ def test_the_linear_learning_rate_falls_from_the_full_rate_towards_zero(opened, 
 # --- resuming --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("critic", "name"), [("trunk", "record"), ("adapter", "save")])
 def test_a_run_cut_off_and_resumed_equals_one_that_was_not_to_the_bit(opened, critic, name, monkeypatch):
     settings = {"critic": critic, "updates": 3, "kl_target": 0.5, "lr_scheduler_type": "linear"}

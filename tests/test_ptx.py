@@ -132,6 +132,7 @@ def test_a_coefficient_of_0_is_plain_ppo_to_the_bit(opened, functions, text):
     assert results(on)["policy/adapter_model.safetensors"] != results(plain)["policy/adapter_model.safetensors"]
 
 
+@pytest.mark.slow
 def test_a_run_with_text_cut_off_and_resumed_equals_one_that_was_not(opened, functions, text, monkeypatch):
     settings = {"reward_function": "small_letters", "updates": 3, **LEARNS}
     whole = opened("whole", **settings)

@@ -159,6 +159,7 @@ def test_training_cut_off_and_resumed_equals_training_that_was_not_to_the_bit(
     assert [row["step"] for row in metrics(resumed)] == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.slow
 def test_a_mean_over_several_steps_is_whole_after_resuming(opened):
     settings = {"max_steps": 4, "logging_steps": 2, "save_steps": 1}
     whole = opened("whole", **settings)
@@ -171,6 +172,7 @@ def test_a_mean_over_several_steps_is_whole_after_resuming(opened):
     assert [row["step"] for row in metrics(resumed)] == [2, 4]
 
 
+@pytest.mark.slow
 def test_training_cut_off_after_its_last_step_takes_no_further_one(opened, monkeypatch):
     settings = {"max_steps": 2, "per_device_train_batch_size": 1, "lr_scheduler_type": "constant"}
     whole = opened("whole", **settings)
@@ -323,6 +325,7 @@ def test_the_loss_on_rows_that_are_not_trained_on_is_measured_on_the_way(opened)
     assert all(0 <= row["reward/heldout_accuracy"] <= 1 for row in measured)
 
 
+@pytest.mark.slow
 def test_training_stops_where_the_loss_grows_and_keeps_the_best_weights_also_when_resumed(opened):
     """With a learning rate this high the loss jumps about; what is kept is the best of what was seen."""
     settings = {

@@ -187,6 +187,7 @@ def test_transformers_takes_as_many_steps_as_announced(opened):
 # --- resuming --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("four_bit", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_training_cut_off_and_resumed_equals_training_that_was_not_to_the_bit(
     opened, tiny_model_64, four_bit, monkeypatch
@@ -207,6 +208,7 @@ def test_training_cut_off_and_resumed_equals_training_that_was_not_to_the_bit(
     assert "adapter/adapter_model.safetensors" in tiny_runs.results(whole.stage_folder("sft"))
 
 
+@pytest.mark.slow
 def test_training_cut_off_after_its_last_step_measures_again_and_writes_each_row_once(opened, monkeypatch):
     # Within the first epoch, where `Trainer` itself would take a third step, and at a rate that would show it.
     settings = {"max_steps": 2, "heldout_fraction": 0.3, "per_device_train_batch_size": 1}
@@ -222,6 +224,7 @@ def test_training_cut_off_after_its_last_step_measures_again_and_writes_each_row
     assert tiny_runs.results(resumed.stage_folder("sft")) == tiny_runs.results(whole.stage_folder("sft"))
 
 
+@pytest.mark.slow
 def test_checkpoints_are_written_at_steps_that_are_logged_so_a_resumed_mean_is_whole(opened):
     settings = {"max_steps": 6, "logging_steps": 2, "save_steps": 1, "heldout_fraction": 0.0}
     whole = opened("whole", **settings)
