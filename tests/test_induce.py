@@ -70,6 +70,7 @@ def test_accuracy_counts_votes_with_a_side_and_coverage_how_many_there_are(usual
     assert induced.evidence["judge_without_a_principle"]["accuracy"] is None
 
 
+@pytest.mark.slow
 def test_a_judge_that_agrees_without_any_principle_is_seen_to_do_so(found):
     def sycophant(question):
         text = question.messages[-1]["content"]

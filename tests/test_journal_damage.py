@@ -44,7 +44,6 @@ def stored(tmp_path):
     return path
 
 
-@pytest.mark.slow
 def test_a_full_disk_loses_no_answer_and_the_journal_goes_on(tmp_path):
     path = tmp_path / "journal.db"
     for size in range(0, 10 * PAGE, 1000):

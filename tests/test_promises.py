@@ -381,7 +381,6 @@ def test_revise_loses_no_row_whatever_is_answered(make: Maker, luck: int, kept: 
     run.journal.close()
 
 
-@pytest.mark.slow
 @ANY_LUCK
 @given(
     luck=st.integers(0, 2**32),
@@ -424,7 +423,6 @@ _FRESH = itertools.count()
 # --- R9: drawn by hashes --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 @settings(ANY_LUCK, max_examples=2)
 @given(order=st.permutations(PROMPTS), seed=st.integers(0, 2**31))
 def test_seeds_sides_and_principles_do_not_depend_on_the_order_of_prompts(

@@ -160,6 +160,7 @@ def test_the_text_counts_for_the_stages_inputs_by_its_content(opened, functions,
     assert {key for key in before if changed[key] != before[key]} == {"ptx"}
 
 
+@pytest.mark.slow
 def test_held_out_text_is_forgotten_less_with_it_than_without(opened, functions, text, monkeypatch):
     """PPO away from small letters makes a text of them less likely; the same steps with other such text do not."""
     held_out = "The dog sat at the mat, and the cat lay on the door. "

@@ -182,6 +182,7 @@ def test_the_newest_policy_is_sampled_from(opened, stages, policy, place, monkey
     assert rejection.inputs(run) != changed
 
 
+@pytest.mark.slow
 def test_without_any_policy_the_base_is_sampled_from(opened):
     run = opened(stages=("label", "reward", "rejection"), max_steps=1)
     assert rejection.newest_policy(run) == ("base", None)
