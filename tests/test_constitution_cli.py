@@ -338,6 +338,7 @@ def test_induce_writes_a_constitution_its_evidence_and_what_was_answered(rlaif, 
     assert (code, "found.yaml: is there already" in err) == (2, True)
 
 
+@pytest.mark.slow
 def test_induce_that_finds_nothing_writes_the_evidence_and_says_why(rlaif, judged, tmp_path):
     planted.write_rows(tmp_path / "labels.jsonl", 80)
     judged(ScriptedEngine(planted.propose, lambda question: (-0.5, -1.0)))

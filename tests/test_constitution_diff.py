@@ -202,6 +202,7 @@ def test_votes_of_a_judge_follow_the_comparison_question(made):
     assert counted["votes"]["reasons"] == {"its principle is reworded": 12, "the worked comparisons changed": 18}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("label", "old", "new", "reason", "again", "pairs"),
     [

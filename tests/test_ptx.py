@@ -119,6 +119,7 @@ def test_draws_depend_on_the_seed_alone_and_reach_every_chunk(opened, functions,
 # --- in a run --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_coefficient_of_0_is_plain_ppo_to_the_bit(opened, functions, text):
     plain = opened("plain", reward_function="small_letters", updates=2)
     ppo.ppo(plain)

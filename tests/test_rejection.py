@@ -123,6 +123,7 @@ def test_a_cut_response_is_learned_without_an_end(opened):
     assert ended["labels"] == [*cut["labels"], base.tokenizer.end_of_turn]
 
 
+@pytest.mark.slow
 def test_the_policy_starts_from_sft_learns_and_loads_with_peft_alone(opened, tiny_model):
     run = opened(max_steps=12, save_steps=12, num_train_epochs=9)
     before = tiny_runs.contents(run.stage_folder("sft")), tiny_runs.contents(run.stage_folder("reward"))
