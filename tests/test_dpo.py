@@ -14,7 +14,7 @@ from rlaif.records import Comparison, assistant
 from rlaif.stages import dpo, processes
 from rlaif.stages.run import Run
 
-pytestmark = pytest.mark.usefixtures("one_thread", "no_sync")
+pytestmark = [pytest.mark.usefixtures("one_thread", "no_sync"), pytest.mark.slow]  # each trains
 
 NEAR = 2e-5  # fp32 sums over some twenty tokens, taken in different orders
 
@@ -246,7 +246,6 @@ def test_recomputed_activations_change_nothing_beyond_rounding(opened):
 # --- resuming --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("four_bit", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_training_cut_off_and_resumed_equals_training_that_was_not_to_the_bit(
     opened, tiny_model_64, four_bit, monkeypatch

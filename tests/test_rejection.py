@@ -15,7 +15,7 @@ from rlaif.stages import rejection, sft
 from rlaif.stages.reward_model import RewardModel
 from rlaif.stages.run import path_sha256
 
-pytestmark = pytest.mark.usefixtures("one_thread", "no_sync")
+pytestmark = [pytest.mark.usefixtures("one_thread", "no_sync"), pytest.mark.slow]  # each trains
 
 
 @pytest.fixture
@@ -123,7 +123,6 @@ def test_a_cut_response_is_learned_without_an_end(opened):
     assert ended["labels"] == [*cut["labels"], base.tokenizer.end_of_turn]
 
 
-@pytest.mark.slow
 def test_the_policy_starts_from_sft_learns_and_loads_with_peft_alone(opened, tiny_model):
     run = opened(max_steps=12, save_steps=12, num_train_epochs=9)
     before = tiny_runs.contents(run.stage_folder("sft")), tiny_runs.contents(run.stage_folder("reward"))
@@ -183,7 +182,6 @@ def test_the_newest_policy_is_sampled_from(opened, stages, policy, place, monkey
     assert rejection.inputs(run) != changed
 
 
-@pytest.mark.slow
 def test_without_any_policy_the_base_is_sampled_from(opened):
     run = opened(stages=("label", "reward", "rejection"), max_steps=1)
     assert rejection.newest_policy(run) == ("base", None)
@@ -205,7 +203,6 @@ def test_responses_that_are_too_long_leave_nothing_and_the_error_says_so(opened)
 # --- killed and resumed ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_a_run_cut_off_while_sampling_scoring_and_training_equals_one_that_was_not(opened, monkeypatch):
     whole = opened("whole", num_train_epochs=3.0)
     counts = rejection.rejection(whole)
