@@ -156,9 +156,8 @@ def test_scores_are_centred_on_demonstrations_where_there_are_some():
         completion=assistant("Hello"),
         messages=assistant("Hello"),
     )
-    empty = worth.Scored([], [])
-    assert worth.references([], empty) == ("held-out answers", [])
-    source, pairs = worth.references([row] * 200, empty)
+    assert worth.references([]) == ("held-out answers", [])
+    source, pairs = worth.references([row] * 200)
     assert (source, len(pairs), pairs[0][1][0]["content"]) == ("demonstrations", 64, "Hello")
 
 

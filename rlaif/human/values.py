@@ -13,12 +13,7 @@ def number(row: Fields, column: str) -> float | None:
     Raises:
         Unusable: something else stands there.
     """
-    value = row.get(column)
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
-        raise Unusable(f"{column} not finite")
-    return float(value)
+    return _between(row, column, -sys.float_info.max, sys.float_info.max, "not finite")
 
 
 def probability(row: Fields, column: str) -> float | None:
@@ -27,11 +22,15 @@ def probability(row: Fields, column: str) -> float | None:
     Raises:
         Unusable: something else stands there.
     """
+    return _between(row, column, 0.0, 1.0, "outside [0, 1]")
+
+
+def _between(row: Fields, column: str, low: float, high: float, otherwise: str) -> float | None:
     value = row.get(column)
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-        raise Unusable(f"{column} outside [0, 1]")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        raise Unusable(f"{column} {otherwise}")
     return float(value)
 
 

@@ -78,6 +78,12 @@ def response_logits(base: SharedBase, batch: Batch, hidden: Tensor, temperature:
     return logits if temperature in (0.0, 1.0) else logits / temperature
 
 
+def response_logprobs(base: SharedBase, batch: Batch) -> Tensor:
+    """Return the log-probability of each whole response at temperature 1, ``[B]``. A role must be acting."""
+    logits = response_logits(base, batch, hidden_states(base, batch))
+    return (token_logprobs(logits, batch.response_ids) * batch.response_mask).sum(1)
+
+
 def last_hidden(batch: Batch, hidden: Tensor) -> Tensor:
     """Return the hidden state at each row's last real token: ``[B, hidden]``."""
     last = (batch.mask * torch.arange(batch.mask.shape[1], device=batch.mask.device)).argmax(1)

@@ -2,10 +2,22 @@
 
 from typing import Any
 
-from rlaif.report.charts import Bar, interval_chart
-from rlaif.report.labels import Rate
+from rlaif.report.charts import interval_chart
 from rlaif.report.reading import CostEvaluation, RewardEvaluation
-from rlaif.report.wording import RULES, count, in_order, known, listed, mean, number, percent, rate, shown, tag_name
+from rlaif.report.wording import (
+    RULES,
+    bar,
+    count,
+    in_order,
+    known,
+    listed,
+    mean,
+    number,
+    percent,
+    rate,
+    shown,
+    tag_name,
+)
 
 _MODEL, _RULE = 0, 3
 _AUDITED = 5  # sentences
@@ -14,14 +26,14 @@ _APT = 1.1  # a temperature within this factor of 1
 
 def content(found: RewardEvaluation, cost: CostEvaluation | None) -> dict[str, Any]:
     """Return sentences about the reward model, its accuracies above rules that need no model, and its calibration."""
-    groups = [("reward model", [_bar("all" if t == "all" else tag_name(t), found.heldout[t]) for t in _tags(found)])]
+    groups = [("reward model", [bar("all" if t == "all" else tag_name(t), found.heldout[t]) for t in _tags(found)])]
     if len(found.by_source) > 1:
-        groups.append(("by source of the label", [_bar(name, value) for name, value in found.by_source.items()]))
+        groups.append(("by source of the label", [bar(name, value) for name, value in found.by_source.items()]))
     if found.by_length_difference:
-        slices = [_bar(_span(one.low, one.high), one.accuracy) for one in found.by_length_difference]
+        slices = [bar(_span(one.low, one.high), one.accuracy) for one in found.by_length_difference]
         groups.append(("by how much longer the chosen answer is, in characters", slices))
     if found.baselines:
-        rules = [_bar(name.replace("_", " "), value, _RULE) for name, value in found.baselines.items()]
+        rules = [bar(name.replace("_", " "), value, _RULE) for name, value in found.baselines.items()]
         groups.append(("simple rules, on the same pairs", rules))
     title = "Accuracy on held-out pairs with 95 % intervals"
     return {
@@ -133,7 +145,7 @@ def cost_findings(cost: CostEvaluation) -> list[str]:
 
 def _reliability(found: RewardEvaluation) -> Any:
     bins = [one for one in found.reliability if one.accuracy and one.confidence is not None]
-    bars = [_bar(f"{percent(one.confidence)} sure", one.accuracy) for one in bins if one.accuracy]
+    bars = [bar(f"{percent(one.confidence)} sure", one.accuracy) for one in bins if one.accuracy]
     title = "How often the model is right, by how sure it is, with 95 % intervals"
     heading = "how often it is right, by how sure it is"
     return interval_chart([(heading, bars)], title=title, reference=(0.5, "chance"))
@@ -145,7 +157,3 @@ def _tags(found: RewardEvaluation) -> list[str]:
 
 def _span(low: float, high: float) -> str:
     return f"{low:.0f} to {high:.0f}" if low != high else f"{low:.0f}"
-
-
-def _bar(label: str, value: Rate, colour: int = _MODEL) -> Bar:
-    return Bar(label, value.rate, value.low, value.high, rate(value), colour)

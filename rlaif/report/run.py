@@ -18,8 +18,7 @@ from rlaif.errors import DataError
 from rlaif.prompting import sandbox
 from rlaif.recipe import OPTIONAL, ORDER
 from rlaif.report import curves, reward, wording
-from rlaif.report.charts import Bar, interval_chart
-from rlaif.report.labels import Rate
+from rlaif.report.charts import interval_chart
 from rlaif.report.reading import (
     Chain,
     Difference,
@@ -106,7 +105,9 @@ def _of_evaluation(results: Results) -> dict[str, Any]:
     groups = []
     for tag in tags:
         measured = [name for name in results.policies if tag in results.metrics[name].refusal]
-        bars = [_bar(wording.policy_name(p), results.metrics[p].refusal[tag], _colour(results, p)) for p in measured]
+        bars = [
+            wording.bar(wording.policy_name(p), results.metrics[p].refusal[tag], _colour(results, p)) for p in measured
+        ]
         groups.append((f"{wording.tag_name(tag)} prompts", bars))
     changes: dict[str, dict[str, Difference]] = {}
     for one in results.differences:
@@ -132,15 +133,11 @@ def _colour(results: Results, policy: str) -> int:
     return 3 if policy == "base" else others.index(policy) % 3
 
 
-def _bar(label: str, value: Rate, colour: int = 0) -> Bar:
-    return Bar(label, value.rate, value.low, value.high, wording.rate(value), colour)
-
-
 def _of_labels(quality: Quality, people: bool) -> dict[str, Any]:
     """Return sentences and a chart about the judge, the tests it got wrong, and the tags of labels."""
     judge = quality.judge
-    bars = [_bar("judges" if judge.judges else "judge", judge.tests)] if judge else []
-    bars += [_bar(one.name, one.tests, 3) for one in (judge.judges if judge else [])]
+    bars = [wording.bar("judges" if judge.judges else "judge", judge.tests)] if judge else []
+    bars += [wording.bar(one.name, one.tests, 3) for one in (judge.judges if judge else [])]
     tests = "Accuracy of the judge on the constitution\u2019s tests, with its 95 % interval"
     return {
         "judge_findings": wording.judge_findings(quality, people=people) + wording.label_findings(quality),

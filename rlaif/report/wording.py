@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from rlaif.report.charts import short
+from rlaif.report.charts import Bar, short
 from rlaif.report.labels import Mean, Quality, Rate, Safety
 from rlaif.report.reading import Difference, Results, WinRate
 
@@ -91,6 +91,11 @@ def rate(value: Rate | WinRate | None) -> str:
     digits = _digits((value.high - value.low) * 100)
     low, high = _fixed(value.low * 100, digits), _fixed(value.high * 100, digits)
     return f"{_fixed(value.rate * 100, digits)}\u202f%\u00a0[{low},\u00a0{high}]"
+
+
+def bar(label: str, value: Rate, colour: int = 0) -> Bar:
+    """Return a rate as a row of an interval chart."""
+    return Bar(label, value.rate, value.low, value.high, rate(value), colour)
 
 
 def mean(value: Mean | None) -> str:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 from datasets import Dataset, disable_progress_bars
-from transformers import PrinterCallback, TrainerCallback
+from transformers import TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
 from rlaif import files
@@ -35,6 +35,7 @@ from rlaif.stages.training import (
     arguments,
     last_metrics,
     load_state,
+    make_ready,
     resume_point,
     save_state,
     step_of,
@@ -148,9 +149,8 @@ def _reference_logprobs(run: Run, base: SharedBase, encoded: dict[str, dict[str,
             for side in ("chosen", "rejected"):
                 batch = sampling.pack(base, [e["prompt_ids"] for _, e in part], [e[f"{side}_ids"] for _, e in part])
                 with base.acting_as(ROLE):
-                    logits = sampling.response_logits(base, batch, sampling.hidden_states(base, batch))
-                    tokens = sampling.token_logprobs(logits, batch.response_ids) * batch.response_mask
-                for (name, _), value in zip(part, tokens.sum(1).tolist(), strict=True):
+                    values = sampling.response_logprobs(base, batch)
+                for (name, _), value in zip(part, values.tolist(), strict=True):
                     found.setdefault(name, {"id": name})[f"ref_{side}_logps"] = value
             task.advance(len(part))
     return [found[name] for name in names]
@@ -238,7 +238,5 @@ def _trainer(base: SharedBase, plan: Plan, callbacks: list[TrainerCallback]) -> 
         processing_class=base.tokenizer.raw,
         callbacks=callbacks,
     )
-    trainer.remove_callback(PrinterCallback)
-    for _, parameter in base.named_parameters_of(ROLE):
-        parameter.data = parameter.data.to(torch.float32)  # on a quantized base DPOTrainer casts them to bf16
+    make_ready(trainer, base, ROLE)
     return trainer

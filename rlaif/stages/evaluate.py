@@ -237,8 +237,7 @@ def score_and_kl(
 def response_logprob(base: SharedBase, role: str, batch: sampling.Batch) -> torch.Tensor:
     """Return the log-probability of each whole response under a role at temperature 1, ``[B]``."""
     with base.acting_as(role):
-        logits = sampling.response_logits(base, batch, sampling.hidden_states(base, batch))
-    return (sampling.token_logprobs(logits, batch.response_ids) * batch.response_mask).sum(1)
+        return sampling.response_logprobs(base, batch)
 
 
 def metrics(rows: Sequence[Response]) -> dict[str, Any]:

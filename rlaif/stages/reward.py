@@ -193,7 +193,7 @@ def measure(run: Run, base: SharedBase, roles: list[str], split: Split) -> dict[
     heldout = worth.score_rows(model, split.heldout, settings.microbatch, run.progress, "scores of held-out rows")
     scored = torch.cat(heldout.members)
     demonstrations = read_rows(_demonstrations(run), Demonstration) if run.has_output("revise") else []
-    source, reference = worth.references(demonstrations, heldout)
+    source, reference = worth.references(demonstrations)
     groups = [encode_group(model, prompt, [answer]) for prompt, answer in reference]
     sizes = range(0, len(groups), settings.microbatch)
     centre = torch.cat([model.members(groups[i : i + settings.microbatch]).cpu() for i in sizes]) if groups else scored

@@ -9,12 +9,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rlaif import bag_of_words, filters
+from rlaif import bag_of_words
 from rlaif.counterfactuals import SWAPS
 from rlaif.maths import agreement, calibration
 from rlaif.model.groups import Group
 from rlaif.progress import Progress
 from rlaif.records import Comparison, Demonstration, Messages, text_of
+from rlaif.stages.quality import RULES
 from rlaif.stages.reward_data import Labelled, answers_of
 from rlaif.stages.reward_model import RewardModel, Scale, encode_group
 from rlaif.stages.reward_pairs import pairs_among
@@ -57,7 +58,7 @@ def scales_of(members: Tensor) -> list[Scale]:
     ]
 
 
-def references(demonstrations: Sequence[Demonstration], heldout: Scored) -> tuple[str, list[tuple[Messages, Messages]]]:
+def references(demonstrations: Sequence[Demonstration]) -> tuple[str, list[tuple[Messages, Messages]]]:
     """Return what scores are centred on: demonstrations, as Ouyang et al. 2022 do, else the held-out answers' own."""
     if demonstrations:
         step = max(1, len(demonstrations) // _REFERENCES)
@@ -116,12 +117,8 @@ def baselines(rows: Sequence[Comparison], train: Sequence[Comparison]) -> dict[s
         gaps = [feature(text_of(row.chosen)) - feature(text_of(row.rejected)) for row in rows]
         return agreement.win_rate(sum(gap > 0 for gap in gaps), sum(gap == 0 for gap in gaps), len(gaps))._asdict()
 
-    return {
-        "longer": accuracy(len),
-        "shorter": accuracy(lambda text: -len(text)),
-        "refusal_words": accuracy(filters.is_refusal),
-        "bag_of_words": accuracy(lambda text: float(words.scores([text])[0])),
-    }
+    rules = RULES | {"bag_of_words": lambda text: float(words.scores([text])[0])}
+    return {name: accuracy(feature) for name, feature in rules.items()}
 
 
 def principles_of(row: Comparison) -> list[str]:

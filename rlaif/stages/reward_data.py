@@ -5,6 +5,7 @@ for: those that cannot be used are set aside with a reason, and those that contr
 """
 
 import hashlib
+import itertools
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -114,20 +115,20 @@ def split_rows(rows: Sequence[Labelled], fraction: float, *, dev_fraction: float
     """
     out: set[str] = set()
     dev: set[str] = set()
-    for tag in sorted({row.tag for row in rows}):
-        group = [row for row in rows if row.tag == tag]
-        marked = {prompt_key(row) for row in group if row.split == "eval"}
-        prompts = sorted({prompt_key(row) for row in group})
+    ordered = sorted(((row, prompt_key(row)) for row in rows), key=lambda one: one[0].tag)  # stable: as in the file
+    for _, group in itertools.groupby(ordered, key=lambda one: one[0].tag):
+        keyed = list(group)
+        marked = {key for row, key in keyed if row.split == "eval"}
+        prompts = sorted({key for _, key in keyed})
         chosen = marked or set(prompts[: math.ceil(fraction * len(prompts))])
         rest = [prompt for prompt in prompts if prompt not in chosen]
         out |= chosen
         dev |= set(rest[: math.ceil(dev_fraction * len(rest))])
     dev -= out
-    ordered = sorted(rows, key=lambda row: row.tag)  # stable: within a tag as in the file
     return Split(
-        [row for row in ordered if prompt_key(row) not in out | dev],
-        [row for row in ordered if prompt_key(row) in dev],
-        [row for row in ordered if prompt_key(row) in out],
+        [row for row, key in ordered if key not in out and key not in dev],
+        [row for row, key in ordered if key in dev],
+        [row for row, key in ordered if key in out],
     )
 
 

@@ -28,12 +28,12 @@ def pairs_among(rows: Sequence[Labelled]) -> list[Pair]:
     """Return all pairs that labels decide, and comparisons that are ties, in the order of the rows."""
     found = [pair for index, row in enumerate(rows) for pair in _of_row(index, row)]
     rated = [(index, row) for index, row in enumerate(rows) if isinstance(row, Rating)]
-    same = [
-        pair
-        for (one, first), (other, second) in itertools.combinations(rated, 2)
-        if first.annotator == second.annotator and first.prompt == second.prompt
-        for pair in _rated(one, first, other, second)
-    ]
+    together: dict[tuple[str, str], list[tuple[int, Rating]]] = {}
+    for index, row in rated:
+        together.setdefault((row.annotator, prompt_key(row)), []).append((index, row))
+    couples = [couple for group in together.values() for couple in itertools.combinations(group, 2)]
+    couples.sort(key=lambda couple: (couple[0][0], couple[1][0]))
+    same = [pair for (one, first), (other, second) in couples for pair in _rated(one, first, other, second)]
     if found or same:
         return found + same
     shuffled = sorted(rated, key=lambda item: (item[1].annotator, prompt_key(item[1]), item[1].id))

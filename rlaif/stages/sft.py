@@ -10,10 +10,9 @@ import hashlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from datasets import Dataset, disable_progress_bars
 from torch.utils.data import DataLoader
-from transformers import PrinterCallback, TrainerCallback
+from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from rlaif.errors import DataError
@@ -24,7 +23,16 @@ from rlaif.records import Demonstration, Messages, read_rows, text_of
 from rlaif.stages.cards import write_policy_card
 from rlaif.stages.processes import SharingTrainer, exchange_trainable, order, share, together
 from rlaif.stages.run import Run
-from rlaif.stages.training import Recorder, arguments, last_metrics, resume_point, step_of, steps_of, train_to
+from rlaif.stages.training import (
+    Recorder,
+    arguments,
+    last_metrics,
+    make_ready,
+    resume_point,
+    step_of,
+    steps_of,
+    train_to,
+)
 
 NAME = "sft"
 ROLE = "policy"
@@ -192,9 +200,7 @@ def _trainer(base: SharedBase, plan: Plan, callbacks: list[TrainerCallback]) -> 
         processing_class=base.tokenizer.raw,
         callbacks=callbacks,
     )
-    trainer.remove_callback(PrinterCallback)
-    for _, parameter in base.named_parameters_of(ROLE):
-        parameter.data = parameter.data.to(torch.float32)  # on a quantized base SFTTrainer casts them to bf16
+    make_ready(trainer, base, ROLE)
     exchange_trainable(base.peft)
     return trainer
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import set_seed
 
 from rlaif import files
@@ -172,6 +172,13 @@ def last_metrics(folder: Path) -> dict[str, Any]:
     for _, row in read_jsonl(folder / METRICS):
         result |= row
     return result
+
+
+def make_ready(trainer: Trainer, base: SharedBase, role: str) -> None:
+    """Silence one of TRL's trainers, and give a role its fp32 weights back: TRL casts those on a 4-bit base to bf16."""
+    trainer.remove_callback(PrinterCallback)
+    for _, parameter in base.named_parameters_of(role):
+        parameter.data = parameter.data.to(torch.float32)
 
 
 def save_state(base: SharedBase, role: str, folder: Path) -> None:
