@@ -8,7 +8,7 @@ from torch import Tensor
 
 from rlaif.errors import StageError
 from rlaif.maths.composition import Standard, standard_of
-from rlaif.model import sampling
+from rlaif.model.drawn import laid_out, token_figures, token_states
 from rlaif.model.roles import BASE, SharedBase
 from rlaif.model.sampling import Batch, in_microbatches
 from rlaif.recipe import PpoSection
@@ -175,28 +175,32 @@ def use_scale(actors: Actors, scale: dict[str, Any]) -> None:
 
 @torch.no_grad()
 def judge_tokens(actors: Actors, role: str, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Return the response tokens' log-probabilities and, for the policy, the critic's values or 0, ``[B, T]``."""
+    """Return the response tokens' log-probabilities and, for the policy, the critic's values or 0, ``[B, T]``.
+
+    The passes are those of training, operation by operation, so that the first ratio is exactly 1.
+    """
     base = actors.base
     logprobs, values = [], []
     for part in in_microbatches(batch, actors.settings.microbatch):
-        with base.acting_as(role):
-            hidden = sampling.hidden_states(base, part)
-            logits = sampling.response_logits(base, part, hidden, actors.settings.sampling.temperature)
-            logprobs.append(sampling.token_logprobs(logits, part.response_ids) * part.response_mask)
+        with base.acting_as(role, training=True):
+            states = token_states(base, part)
+            logprobs.append(token_figures(base, part, states, actors.settings.sampling.temperature).logprobs)
             if role == POLICY and actors.critic == "trunk":
-                values.append(critic_values(actors, part, hidden))
+                values.append(critic_values(actors, part, states))
         if role == POLICY and actors.critic == "adapter":
-            with base.acting_as(CRITIC):
-                values.append(critic_values(actors, part, sampling.hidden_states(base, part)))
+            with base.acting_as(CRITIC, training=True):
+                values.append(critic_values(actors, part, token_states(base, part)))
     return torch.cat(logprobs), torch.cat(values) if values else torch.zeros_like(
         batch.response_mask, dtype=torch.float
     )
 
 
-def critic_values(actors: Actors, batch: Batch, hidden: Tensor) -> Tensor:
-    """Return the value of the state before each response token, ``[B, T]``, on the scale of the rewards."""
-    length = batch.response_ids.shape[1]
-    values = actors.base.head(CRITIC, hidden[:, -length - 1 : -1])
+def critic_values(actors: Actors, batch: Batch, states: Tensor) -> Tensor:
+    """Return the value of the state before each response token, ``[B, T]``, on the scale of the rewards.
+
+    `states` is what `token_states` returned, ``[N, hidden]``.
+    """
+    values = actors.base.head(CRITIC, states)
     if actors.critic == "adapter" and actors.starts_critic:  # started from the reward model, in its units
         values = (values - actors.critic_offset - actors.offset) / actors.scale
-    return values * batch.response_mask
+    return laid_out(values, batch.response_mask)

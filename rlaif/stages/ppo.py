@@ -27,9 +27,10 @@ from torch import Tensor
 from rlaif.errors import DataError
 from rlaif.maths.advantages import Advantages, gae, sequence_advantages, token_rewards
 from rlaif.maths.kl import AdaptiveKl, FixedKl, k3
-from rlaif.maths.losses import Aggregation, clipped_policy_loss, clipped_value_loss, entropy, explained_variance
+from rlaif.maths.losses import Aggregation, clipped_policy_loss, clipped_value_loss, explained_variance
 from rlaif.maths.masking import masked_mean, masked_whiten, zero_outside
 from rlaif.model import sampling
+from rlaif.model.drawn import token_figures, token_states
 from rlaif.model.roles import SharedBase
 from rlaif.model.sampling import Batch
 from rlaif.recipe import PpoSection
@@ -280,23 +281,23 @@ def backward(
     base, settings, mask = actors.base, actors.settings, part.batch.response_mask
     figures: dict[str, Tensor] = {}
     with base.acting_as(POLICY, training=True):
-        hidden = sampling.hidden_states(base, part.batch)
-        logits = sampling.response_logits(base, part.batch, hidden, settings.sampling.temperature)
-        logprobs = sampling.token_logprobs(logits, part.batch.response_ids)
+        states = token_states(base, part.batch)
+        logprobs, spread = token_figures(
+            base, part.batch, states, settings.sampling.temperature, learn_entropy=settings.entropy_coef > 0
+        )
         policy = clipped_policy_loss(logprobs, part.logprobs, part.advantages, mask, settings.cliprange, aggregation)
-        spread = entropy(logits if settings.entropy_coef else logits.detach())
         loss = (policy.loss - settings.entropy_coef * aggregation.mean(spread, mask)) * share
         if settings.kl_place == "loss":
             divergence = k3(zero_outside(logprobs - part.ref_logprobs, mask))
             loss = loss + kl_coef * aggregation.mean(divergence, mask) * share
             figures["policy/kl_to_reference"] = masked_mean(divergence.detach(), mask)
         if actors.critic == "trunk":
-            figures["value/loss"] = value = value_loss(actors, part, hidden)
+            figures["value/loss"] = value = value_loss(actors, part, states)
             loss = loss + settings.vf_coef * value * tokens
         torch.autograd.backward(loss)
     if actors.critic == "adapter":
         with base.acting_as(CRITIC, training=True):
-            figures["value/loss"] = value = value_loss(actors, part, sampling.hidden_states(base, part.batch))
+            figures["value/loss"] = value = value_loss(actors, part, token_states(base, part.batch))
             torch.autograd.backward(settings.vf_coef * value * tokens)
     figures |= {
         "policy/loss": policy.loss,
@@ -308,7 +309,7 @@ def backward(
     return {key: figure.item() for key, figure in figures.items()}
 
 
-def value_loss(actors: Actors, part: Rollout, hidden: Tensor) -> Tensor:
+def value_loss(actors: Actors, part: Rollout, states: Tensor) -> Tensor:
     """Return the critic's clipped loss on a microbatch, a mean over tokens."""
-    values, mask = critic_values(actors, part.batch, hidden), part.batch.response_mask
+    values, mask = critic_values(actors, part.batch, states), part.batch.response_mask
     return clipped_value_loss(values, part.values, part.returns, mask, actors.settings.cliprange_value).loss
