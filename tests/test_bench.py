@@ -1,4 +1,4 @@
-"""The tables of `scripts/bench/quickstart`, from a run folder made up here."""
+"""The tables of `scripts/bench/quickstart` and `scripts/bench/ppo`, from figures made up here."""
 
 import importlib.util
 import json
@@ -9,17 +9,21 @@ import pytest
 
 from rlaif.journal import Journal, Manifest, Unit, write_manifest
 
-SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "bench" / "quickstart"
+SCRIPTS = Path(__file__).resolve().parents[1] / "scripts" / "bench"
 
 
-@pytest.fixture(scope="module")
-def bench():
-    loader = SourceFileLoader("bench_quickstart", str(SCRIPT))
-    spec = importlib.util.spec_from_loader("bench_quickstart", loader)
+def script(name: str):
+    loader = SourceFileLoader(f"bench_{name}", str(SCRIPTS / name))
+    spec = importlib.util.spec_from_loader(f"bench_{name}", loader)
     assert spec is not None
     module = importlib.util.module_from_spec(spec)
     loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def bench():
+    return script("quickstart")
 
 
 def manifest(folder: Path, stage: str, seconds: float, memory: float, **counts: int) -> None:
@@ -55,3 +59,25 @@ def test_a_folder_that_holds_a_run_already_is_refused(bench, tmp_path: Path, cap
 def test_the_machine_is_described_by_what_rlaif_env_found(bench) -> None:
     text = bench.machine({"gpu": "none", "memory": "8.0 GiB", "something else": "1"})
     assert text.splitlines() == ["| machine | |", "|---|---|", "| memory | 8.0 GiB |", "| gpu | none |"]
+
+
+def test_ratios_of_ppo_are_of_steps_that_were_taken_in_one_turn() -> None:
+    found = {
+        "trl": [[1.0, 2.0, 7.0, 8.0], [2.0, 3.0, 15.0, 10.0]],
+        "trunk": [[1.0, 1.0, 3.0, 4.0], [1.0, 1.0, 2.0, 4.0]],
+    }
+
+    def spread(values: list[float], digits: int = 2) -> str:
+        return " ".join(f"{value:.{digits}f}" for value in values)
+
+    assert script("ppo").tables(found, spread).splitlines() == [
+        "",
+        "| variant | sampling | scoring | updating | all, s | peak GiB |",
+        "|---|---:|---:|---:|---:|---:|",
+        "| trl | 1.0 2.0 | 2.0 3.0 | 7.0 15.0 | 10.0 20.0 | 10.00 |",
+        "| trunk | 1.0 1.0 | 1.0 1.0 | 3.0 2.0 | 5.0 4.0 | 4.00 |",
+        "",
+        "| against TRL | time | memory |",
+        "|---|---:|---:|",
+        "| trunk | 0.50 0.20 | 0.50 0.40 |",
+    ]
