@@ -280,7 +280,9 @@ GO_ON = {"stop": []}
 
 
 def test_a_run_cut_off_and_resumed_keeps_the_scales_of_the_first_rollout(opened, functions, monkeypatch):
-    whole, resumed = (opened(name, rewards=[LETTERS, CAPITALS, LONG], health=GO_ON, updates=2) for name in ("whole", "resumed"))
+    whole, resumed = (
+        opened(name, rewards=[LETTERS, CAPITALS, LONG], health=GO_ON, updates=2) for name in ("whole", "resumed")
+    )
     ppo.ppo(whole)
     score = ppo.score
 

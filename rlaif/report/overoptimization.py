@@ -72,10 +72,10 @@ def overoptimization_figures(rows: Metrics) -> list[Figure]:
         if found:
             steps = [farthest * step / _STEPS for step in range(_STEPS + 1)]
             drawn.append(Series("fit", [(d, found.at(d)) for d in steps], colour=colour))
-    title = "Score and independent score against the distance"
+    title = "Over-optimization"
     note = (
-        "Each dot is an update. The distance is the square root of the KL to the reference, in nats per response; "
-        f"scores are in standard deviations of the first update. {_said(fits, farthest)}"
+        "The score and the independent score, a dot for each update, against the square root of the KL to the "
+        f"reference, in nats per response; both in deviations of the first update. {_said(fits, farthest)}"
     )
     return [Figure(title, line_chart(drawn, title=title, x_label="\u221aKL"), note)]
 

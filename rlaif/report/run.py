@@ -93,7 +93,7 @@ def _content(run: Run) -> dict[str, Any]:
         "sft_figures": curves.sft_figures(run.sft),
         "reward_figures": curves.reward_figures(run.reward),
         "ppo_findings": wording.ppo_findings(run.ppo, run.recipe.get("ppo")),
-        "ppo_figures": overoptimization_figures(run.ppo) + curves.ppo_figures(run.ppo),
+        "ppo_figures": curves.ppo_figures(run.ppo, overoptimization_figures(run.ppo)),
         "versions": _versions(run),
         **(_of_evaluation(run.results) if run.results else {}),
         **(_of_labels(run.quality, people=feedback == "mixed") if run.quality else {}),
