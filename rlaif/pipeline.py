@@ -142,7 +142,9 @@ def run_stage(run: Run, stage: str) -> None:
     if launched:
         run.progress.say(f"  training in {run.processes} processes")
     # A training goes on with as many processes as it began with; once finished it holds for any number.
-    _prepare(folder, inputs | {name: str(value) for name, value in launched.items()})
+    kept = (folder / CHECKPOINTS).is_dir()
+    if not _prepare(folder, inputs | {name: str(value) for name, value in launched.items()}) and kept:
+        run.progress.say("  what was begun there under other inputs is removed; the stage starts anew")
     began = time.monotonic()
     _reset_peak()
     try:
@@ -181,8 +183,8 @@ def _tidy(folder: Path) -> None:
     (folder / STARTED).unlink(missing_ok=True)
 
 
-def _prepare(folder: Path, inputs: dict[str, str]) -> None:
-    """Empty the stage's folder unless it was left by a run that was stopped under the very same inputs."""
+def _prepare(folder: Path, inputs: dict[str, str]) -> bool:
+    """Empty the stage's folder unless it was left by a run that was stopped under the same inputs; tell whether so."""
     path = folder / STARTED
     try:
         same = json.loads(path.read_text(encoding="utf-8"))["inputs"] == fingerprint(inputs) and not folder.is_symlink()
@@ -191,6 +193,7 @@ def _prepare(folder: Path, inputs: dict[str, str]) -> None:
     if not same:
         files.remove_folder(folder)
     files.write_json(path, {"inputs": fingerprint(inputs)})
+    return same
 
 
 def _reset_peak() -> None:

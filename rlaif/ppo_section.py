@@ -4,7 +4,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from rlaif.reward_parts import CompositeSection
+from rlaif.health import HealthSection
+from rlaif.reward_parts import CompositeSection, IndependentPart
 from rlaif.sections import Combination, Fraction, NonNegative, Positive, PositiveFloat, WarmSamplingSection
 
 _GROUPS = ("rloo", "grpo", "dr_grpo")  # estimators that compare responses to one prompt
@@ -50,10 +51,14 @@ class PpoSection(CompositeSection):
     critic: Literal["auto", "trunk", "adapter"] = Field("auto", description="auto: trunk on a CPU, adapter on a GPU")
     reward_function: str | None = Field(None, description="a registered scoring function instead of the reward model")
     reward_model: Combination = Combination()
+    independent: list[IndependentPart] = Field(
+        [], description="parts of a score that the policy does not optimize, as in `rewards`; absent: none"
+    )
     ptx_coef: NonNegative = Field(0.0, description="weight of the loss on plain text (PPO-ptx); 0: none")
     ptx_file: str | None = Field(None, min_length=1, description="plain text, or JSON lines with the column `text`")
     ptx_length: Annotated[int, Field(gt=1)] = Field(256, description="tokens in a chunk of the text")
     ptx_batch: Positive = Field(8, description="chunks per optimizer step")
+    health: HealthSection = HealthSection()
     save_every_updates: Positive = 1
     sample_every_updates: Positive = 1
 
@@ -90,6 +95,28 @@ class PpoSection(CompositeSection):
             )
         if self.ptx_coef and not self.ptx_file:
             raise ValueError("ptx_coef is above 0, but ptx_file names no text to learn from")
+        return self
+
+    @model_validator(mode="after")
+    def _independent_is(self) -> "PpoSection":
+        """Refuse an independent score from what the reward is made of."""
+        if len({part.name for part in self.independent}) < len(self.independent):
+            raise ValueError("independent: two parts have one name; give each its own")
+        optimized = [(part.source, part.function) for part in self.rewards]
+        if not self.rewards:
+            own = self.reward_function
+            optimized = [("judge", None) if own == "judge" else ("function", own) if own else ("model", None)]
+        for part in self.independent:
+            if (part.source, part.function) in optimized:
+                raise ValueError(
+                    f"independent: the part `{part.name}` ({part.function or part.source}) is what the policy "
+                    "optimizes; name a function, judge, cost or member of the reward model that is not in the reward"
+                )
+        sources = [part.source for part in self.independent if part.source != "function"]
+        if len(set(sources)) < len(sources):
+            raise ValueError("independent: one source stands in two parts; each but `function` can be given once")
+        if any(part.member for part in self.independent) and ("model", None) not in optimized:
+            raise ValueError("independent: `member` is one of the reward model that is optimized; here give `model`")
         return self
 
     @property

@@ -179,12 +179,21 @@ class Recipe(Section):
         parts, has_reward = self.ppo.rewards, "reward" in self.stages
         if not (parts or has_reward or self.ppo.reward_function):
             raise ValueError("ppo needs the stage `reward` before it, or ppo.reward_function or ppo.rewards")
-        for part in parts:
+        named = [("rewards", part) for part in parts] + [("independent", part) for part in self.ppo.independent]
+        for key, part in named:
             if part.model and not has_reward:
-                raise ValueError(f"the part `{part.name}` of ppo.rewards needs the stage `reward` before it")
+                raise ValueError(f"the part `{part.name}` of ppo.{key} needs the stage `reward` before it")
             if part.cost == OWN_STAGE and not (has_reward and self.reward.cost):
                 raise ValueError(
-                    f"the part `{part.name}` of ppo.rewards needs the stage `reward` before it, with reward.cost: true"
+                    f"the part `{part.name}` of ppo.{key} needs the stage `reward` before it, with reward.cost: true"
+                )
+        members = self.reward.num_adapters * self.reward.num_heads
+        for part in self.ppo.independent:
+            if part.member and part.member > members:
+                raise ValueError(
+                    f"the part `{part.name}` of ppo.independent is member {part.member} of the reward model, which has "
+                    f"{members}: reward.num_adapters {self.reward.num_adapters} x reward.num_heads "
+                    f"{self.reward.num_heads}"
                 )
 
     def _candidates(self) -> None:
@@ -265,7 +274,7 @@ def load_recipe(path: Path, overrides: list[str] = []) -> Loaded:  # noqa: B006
         reference=find("recipes", recipe.label.reference, here) if recipe.label.reference else None,
         adapters={name: _adapter(name, here) for name in _adapters_named(recipe.label)},
         start=None if recipe.reward.start_from in ("sft", "base") else _adapter(recipe.reward.start_from, here),
-        cost_stage=find_cost_stage(recipe.ppo.rewards, here),
+        cost_stage=find_cost_stage([*recipe.ppo.rewards, *recipe.ppo.independent], here),
         ptx_file=_text_file(recipe.ppo.ptx_file, here) if recipe.ppo.ptx_file else None,
     )
 

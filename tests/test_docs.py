@@ -17,6 +17,7 @@ from pydantic_core import PydanticUndefined
 from rlaif import constitution as constitutions
 from rlaif import errors
 from rlaif.cli import app
+from rlaif.health import INDEPENDENT, INDEPENDENT_SPREAD, KINDS, HealthSection
 from rlaif.maths import agreement
 from rlaif.recipe import PpoSection, Recipe, load_recipe
 from rlaif.records import Comparison, Demonstration, Prompt, Ranking, Rating, Row
@@ -149,8 +150,14 @@ def test_the_table_of_ppo_defaults_has_the_defaults_of_the_code() -> None:
     assert documented == {key: written(defaults[key]) for key in documented}
     own_affair = {"prompts_per_tag", "reward_function", "save_every_updates", "sample_every_updates", "combine"}
     own_affair |= {"gate_safety", "gate_helpfulness", "gate_tags", "ptx_file"}
-    own_affair |= {key for key in defaults if key.startswith("rewards")}
+    own_affair |= {key for key in defaults if key.startswith(("rewards", "independent", "health"))}
     assert documented.keys() == defaults.keys() - own_affair
+
+
+def test_the_table_of_health_has_every_rule_with_its_limit() -> None:
+    limits = dict(keys_of(HealthSection, HealthSection()))
+    documented = {ticked(cells[0])[0]: cells[1] for cells in rows(PAGES["ppo.md"], "## Health")[1:]}
+    assert documented == {kind: written(limits[kind]) if kind in limits else "always" for kind in KINDS}
 
 
 def yaml_blocks() -> list[tuple[str, str]]:
@@ -204,7 +211,7 @@ def metric_keys() -> set[str]:
     whole = {text for text in texts if METRIC.fullmatch(text)}
     assert "/gradient_norm" in texts or {"policy/gradient_norm", "value/gradient_norm"} <= whole
     of_parts = {"rollout/score/NAME", "rollout/score_std/NAME"}  # stages/composite.py puts them together
-    return whole | {"policy/gradient_norm", "value/gradient_norm"} | of_parts
+    return whole | {"policy/gradient_norm", "value/gradient_norm", INDEPENDENT, INDEPENDENT_SPREAD} | of_parts
 
 
 def test_every_metric_of_ppo_is_explained_and_no_other() -> None:

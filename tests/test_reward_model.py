@@ -55,6 +55,23 @@ def test_members_are_put_together_on_one_scale(base, combination, expected):
     assert model.scale == Scale(0.0, 1.0)
 
 
+def test_some_members_alone_say_what_they_say_among_all_and_only_their_roles_are_run(base, monkeypatch):
+    stirred(base, "reward", 2, 0)
+    stirred(base, "reward-2", 2, 1)
+    scales = [Scale(float(n), 1.0 + n) for n in range(4)]
+    model = RewardModel(base, ["reward", "reward-2"], scales, Combination())
+    every = model.members(GROUPS)
+    kept, held_out = model.only(1, 2, 3), model.only(4)
+    assert torch.equal(kept.members(GROUPS), every[:, :3])
+    assert torch.equal(held_out.score(GROUPS), every[:, 3])
+    assert (held_out.roles, held_out.scale) == (["reward-2"], scales[3])
+    expected = sum((every[:, n] - n) / (1 + n) for n in range(3)) / 3
+    assert torch.allclose(kept.score(GROUPS), expected, atol=1e-6)
+    weight, offset = model.only(1, 3, 4).critic_start()  # of the first adapter the first head alone
+    assert torch.allclose(weight, base.head_weight("reward")[:1])
+    assert offset == 0.0
+
+
 def test_one_member_keeps_its_number_whatever_the_combination(base):
     model = RewardModel(base, [], [Scale(1.0, 2.0)], Combination(ensemble="worst"))
     assert model.combine(torch.tensor([[3.0]])).item() == 3.0

@@ -40,6 +40,8 @@ def opened(tmp_path, tiny_model):
     stack = []
 
     def open_run(folder="run", *, model=None, stages=None, offset=0.0, scale=1.0, rate=0.9, sections=None, **settings):
+        if settings.get("reward_function") == "ones":
+            settings = {"health": {"stop": []}, **settings}  # a constant score stops a run
         changes = {**(sections or {}), "ppo": settings} | ({"stages": stages} if stages else {})
         place = tmp_path / folder
         place.mkdir(exist_ok=True)

@@ -1,6 +1,7 @@
 """The curves of the training stages: which metric each shows, and one line that says how to read it."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -143,8 +144,8 @@ def reward_figures(rows: Metrics) -> list[Figure]:
     ]
 
 
-def ppo_figures(rows: Metrics) -> list[Figure]:
-    """Draw the curves of PPO, one point per update."""
+def ppo_figures(rows: Metrics, beside: Sequence[Figure] = ()) -> list[Figure]:
+    """Draw the curves of PPO, one point per update; `beside` come after that of the score."""
     figures = []
     for curve in PPO_CURVES:
         line = points(rows, "update", curve.key)
@@ -155,7 +156,7 @@ def ppo_figures(rows: Metrics) -> list[Figure]:
         series = [Series(curve.title, line, spread)]
         chart = line_chart(series, title=curve.title, x_label="update", percent=curve.percent)
         figures.append(Figure(curve.title, chart, curve.note))
-    return figures[:1] + _part_figures(rows) + figures[1:]
+    return [*figures[:1], *beside, *_part_figures(rows), *figures[1:]]
 
 
 def _part_figures(rows: Metrics) -> list[Figure]:

@@ -19,6 +19,7 @@ from rlaif.prompting import sandbox
 from rlaif.recipe import OPTIONAL, ORDER
 from rlaif.report import curves, reward, wording
 from rlaif.report.charts import interval_chart
+from rlaif.report.overoptimization import overoptimization_figures
 from rlaif.report.reading import (
     Chain,
     Difference,
@@ -91,7 +92,8 @@ def _content(run: Run) -> dict[str, Any]:
         "ppo_samples": samples_over_time(run.ppo_samples),
         "sft_figures": curves.sft_figures(run.sft),
         "reward_figures": curves.reward_figures(run.reward),
-        "ppo_figures": curves.ppo_figures(run.ppo),
+        "ppo_findings": wording.ppo_findings(run.ppo, run.recipe.get("ppo")),
+        "ppo_figures": curves.ppo_figures(run.ppo, overoptimization_figures(run.ppo)),
         "versions": _versions(run),
         **(_of_evaluation(run.results) if run.results else {}),
         **(_of_labels(run.quality, people=feedback == "mixed") if run.quality else {}),

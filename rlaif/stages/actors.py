@@ -15,6 +15,7 @@ from rlaif.recipe import PpoSection
 from rlaif.records import Prompt
 from rlaif.stages.checkpoints import CRITIC, POLICY
 from rlaif.stages.composite import Composite, Scored, needs_reward_model
+from rlaif.stages.independent import independent_of, needs_model, optimized
 from rlaif.stages.judged_reward import reward_function
 from rlaif.stages.reward_model import RewardModel, read_calibration
 from rlaif.stages.rewards import RewardFunction, call_function
@@ -34,6 +35,7 @@ class Actors:
     function: RewardFunction | None
     model: RewardModel | None = None
     composite: Composite | None = None
+    independent: Composite | None = None  # scores what the policy does not optimize
     offset: float = 0.0
     scale: float = 1.0
     critic_offset: float = 0.0  # taken off what the critic's head says, to be in units of the reward model
@@ -63,7 +65,9 @@ def assign_roles(run: Run) -> Actors:
     if has_sft:
         base.add_role(REFERENCE, adapter=adapter)
     actors = Actors(base, settings, REFERENCE if has_sft else BASE, which_critic(base, settings), None)
-    model = reward_model(run, base) if needs_reward_model(run) else None
+    whole = reward_model(run, base) if needs_reward_model(run) or needs_model(run) else None
+    actors.independent = independent_of(run, base, whole)
+    model = optimized(run, whole) if whole and needs_reward_model(run) else None
     if settings.rewards:
         actors.composite = Composite(run, base, model, "ppo")
     elif model:
@@ -163,7 +167,12 @@ def calibrate(actors: Actors, raw: Tensor) -> None:
 def scale_of(actors: Actors) -> dict[str, Any]:
     """Return all that the first rollout settled about scores, for a checkpoint."""
     parts = actors.composite.standards if actors.composite else {}
-    return {"offset": actors.offset, "scale": actors.scale, "parts": {name: list(one) for name, one in parts.items()}}
+    found = {"offset": actors.offset, "scale": actors.scale, "parts": _listed(parts)}
+    return found | ({"independent": _listed(actors.independent.standards)} if actors.independent else {})
+
+
+def _listed(parts: dict[str, Standard]) -> dict[str, list[float]]:
+    return {name: list(one) for name, one in parts.items()}
 
 
 def use_scale(actors: Actors, scale: dict[str, Any]) -> None:
@@ -171,6 +180,8 @@ def use_scale(actors: Actors, scale: dict[str, Any]) -> None:
     actors.offset, actors.scale = scale["offset"], scale["scale"]
     if actors.composite:
         actors.composite.standards = {name: Standard(*one) for name, one in scale["parts"].items()}
+    if actors.independent:
+        actors.independent.standards = {name: Standard(*one) for name, one in scale["independent"].items()}
 
 
 @torch.no_grad()

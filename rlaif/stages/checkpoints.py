@@ -17,7 +17,7 @@ from rlaif.maths.kl import AdaptiveKl, FixedKl
 from rlaif.model.roles import SharedBase
 from rlaif.records import read_jsonl
 from rlaif.stages.run import Run
-from rlaif.stages.training import CHECKPOINTS, resume_point, step_of
+from rlaif.stages.training import CHECKPOINTS, close_checkpoint, resume_point, step_of
 
 STAGE = "ppo"
 POLICY, CRITIC = "policy", "critic"
@@ -40,7 +40,7 @@ def save(
     with files.fresh_folder(parent / f"checkpoint-{update}") as fresh:
         save_file(tensors, fresh / "state.safetensors")
         (fresh / "counters.json").write_text(json.dumps({"update": update, "kl": kl.state_dict(), "scale": scale}))
-        files.mark_complete(fresh)
+        close_checkpoint(fresh, parent.parent)
     for old in sorted(parent.glob("checkpoint-*"), key=step_of)[:-_KEPT]:
         files.remove_folder(old)
 

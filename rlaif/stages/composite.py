@@ -19,7 +19,7 @@ from rlaif.maths.composition import Standard, gate, standard_of, standardize, we
 from rlaif.model.roles import SharedBase
 from rlaif.model.sampling import Batch
 from rlaif.records import Prompt
-from rlaif.reward_parts import CompositeSection, RewardPart
+from rlaif.reward_parts import CompositeSection, IndependentPart, RewardPart
 from rlaif.sections import Combination
 from rlaif.stages.judged_reward import judge_function
 from rlaif.stages.reward_model import COST, RewardModel
@@ -46,20 +46,28 @@ class Scored(NamedTuple):
 class Composite:
     """The parts of a run's reward, and the scale that the first rollout gave them."""
 
-    def __init__(self, run: Run, base: SharedBase, model: RewardModel | None, stage: str):
+    def __init__(
+        self,
+        run: Run,
+        base: SharedBase,
+        model: RewardModel | None,
+        stage: str,
+        settings: CompositeSection | None = None,
+    ):
         """Find or load what scores.
 
         Args:
-            run: the run, whose recipe lists the parts.
+            run: the run.
             base: the shared base; the cost adapter is added to it.
             model: the reward model, where a part names it.
             stage: who asks; the judge's answers are stored under it.
+            settings: the parts and how they combine; absent: those of the recipe's `ppo`.
 
         Raises:
             ConfigError: a function is not registered.
             StageError: there is no cost adapter.
         """
-        self.settings, self._base = run.recipe.ppo, base
+        self.settings, self._base, self._size = settings or run.recipe.ppo, base, run.recipe.ppo.microbatch
         self.standards: dict[str, Standard] = {}
         self._models: dict[str, RewardModel] = {}
         self._functions: dict[str, RewardFunction] = {}
@@ -71,6 +79,9 @@ class Composite:
             elif part.model:
                 assert model, "the stage loads the reward model for the part that names it"
                 self._models[part.name] = model
+            elif isinstance(part, IndependentPart) and part.member:
+                assert model, "the stage loads the reward model for the part that names a member"
+                self._models[part.name] = model.only(part.member)
             elif part.function:
                 self._functions[part.name] = find_function(part.function, f"ppo.rewards: {part.name}")
             elif part.judge:
@@ -125,7 +136,7 @@ class Composite:
         device = batch.ids.device
         if part.name in self._models:
             model = self._models[part.name]
-            scores = model.score_responses(self._base, rows, responses, batch, self.settings.microbatch)
+            scores = model.score_responses(self._base, rows, responses, batch, self._size)
             return -scores if part.cost else scores
         if part.length:
             return (batch.response_mask.sum(1) - part.length).clamp_min(0).float()

@@ -38,11 +38,13 @@ from rlaif.records import Prompt
 from rlaif.stages.actors import Actors, assign_roles, calibrate, critic_values, judge_tokens, scale_of, score, use_scale
 from rlaif.stages.checkpoints import CRITIC, POLICY, restore, save
 from rlaif.stages.composite import cost_files, part_figures
+from rlaif.stages.independent import independent_figures, independent_files, independent_inputs
 from rlaif.stages.judged_reward import reward_inputs
 from rlaif.stages.ppo_outputs import finish, record
 from rlaif.stages.ptx import Ptx, ptx_files
 from rlaif.stages.reward_model import CALIBRATION
 from rlaif.stages.run import Run
+from rlaif.stages.watching import Watch, refuse_gradient, refuse_not_finite
 
 NAME = "ppo"
 
@@ -73,9 +75,11 @@ def inputs(run: Run) -> dict[str, str]:
             "reward.calibration": run.stage_folder("reward") / CALIBRATION,
             **cost_files(run),
             **ptx_files(run),
+            **independent_files(run),
         },
         prompts=run.prompts_hash(run.select("train", settings.prompts_per_tag)),
         **reward_inputs(run),
+        **independent_inputs(run),
     )
 
 
@@ -98,6 +102,7 @@ def ppo(run: Run) -> dict[str, Any]:
     done, scale = restore(run, base, optimizer, kl)
     if scale:
         use_scale(actors, scale)
+    watch = Watch(run)
     with run.progress.task("updates", settings.updates - done) as task:
         for update in range(done, settings.updates):
             rows = prompts_of_update(run, prompts, update)
@@ -131,6 +136,7 @@ def ppo(run: Run) -> dict[str, Any]:
             # 4. Token rewards: the price of leaving the reference, and the score at the end.
             logprobs, values = judge_tokens(actors, POLICY, batch)
             ref_logprobs, _ = judge_tokens(actors, actors.reference, batch)
+            refuse_not_finite(update, rows, score=scores, logprobs=logprobs, ref_logprobs=ref_logprobs, values=values)
             price = kl.coef if settings.kl_place == "reward" else 0.0
             rewards = token_rewards(scores, logprobs, ref_logprobs, mask, price)
             if settings.whiten_rewards:
@@ -156,13 +162,16 @@ def ppo(run: Run) -> dict[str, Any]:
                 "rollout/logprob_gap": ((logprobs - sampled.to(logprobs)) * mask).abs().max().item(),
                 "kl/coef": kl.coef,
                 **part_figures(parts),
+                **independent_figures(actors.independent, rows, responses, batch),
             }
             if settings.has_critic:
                 figures["value/explained_variance"] = explained_variance(values, returns, mask).item()
             kl.update(divergence.mean().item())
             record(run, actors, update, figures, list(zip(rows, responses, scores, divergence, strict=True)), parts)
-            if (update + 1) % settings.save_every_updates == 0:
+            must_stop = watch.after(update, figures)
+            if must_stop or (update + 1) % settings.save_every_updates == 0:
                 save(run, base, optimizer, kl, update + 1, scale_of(actors))
+            watch.stop()
             task.advance(1, tokens=int(mask.sum()), note=f"score {scores.mean():.2f} kl {divergence.mean():.2f}")
     return finish(run, actors)
 
@@ -255,6 +264,7 @@ def optimize(
             for role, parameters in trainable.items():
                 norm = torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm).item()
                 key = {POLICY: "policy", CRITIC: "value"}[role] + "/gradient_norm"
+                refuse_gradient(update, key, norm)
                 totals[key] = totals.get(key, 0.0) + norm
             optimizer.step()
             steps += 1

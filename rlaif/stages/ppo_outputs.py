@@ -5,7 +5,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rlaif import files
+from rlaif import files, health
 from rlaif.records import read_jsonl
 from rlaif.stages.actors import Actors, scale_of
 from rlaif.stages.cards import write_policy_card
@@ -56,6 +56,7 @@ def finish(run: Run, actors: Actors) -> dict[str, Any]:
     kl = rows[-1]["rollout/kl_to_reference"]
     fact = f"{len(rows)} updates of PPO{how}; KL to the reference {kl:.2f} nats a response."
     write_policy_card(run, actors.base, folder / "policy", [fact])
+    warnings = {one.kind: one.update for one in health.findings(rows, actors.settings.health)}
     return {
         "updates": len(rows),
         "responses": len(rows) * actors.settings.rollout_batch * actors.settings.samples_per_prompt,
@@ -63,4 +64,5 @@ def finish(run: Run, actors: Actors) -> dict[str, Any]:
         "first_score": rows[0]["rollout/score"],
         "last_score": rows[-1]["rollout/score"],
         "last_kl_to_reference": kl,
+        **({"warnings": warnings} if warnings else {}),
     }

@@ -34,6 +34,8 @@ _NOT_DETERMINING = {
     "allow_weak_judge",
     "allow_weak_reward",
     "candidate_files",  # their content counts
+    "health",
+    "independent",  # `independent_inputs`
     "min_heldout_accuracy",
     "min_judge_accuracy",
     "ptx_file",  # its content counts
