@@ -37,11 +37,17 @@ class Actors:
     offset: float = 0.0
     scale: float = 1.0
     critic_offset: float = 0.0  # taken off what the critic's head says, to be in units of the reward model
+    update: int = 0  # from 0; says where the schedules are
 
     @property
     def learning(self) -> tuple[str, ...]:
         """The roles that change."""
         return (POLICY,) if self.critic == "none" else (POLICY, CRITIC)
+
+    @property
+    def temperature(self) -> float:
+        """What divides the logits of policy and reference in this update, wherever they are asked."""
+        return self.settings.temperature_at(self.update)
 
     @property
     def starts_critic(self) -> bool:
@@ -181,7 +187,7 @@ def judge_tokens(actors: Actors, role: str, batch: Batch) -> tuple[Tensor, Tenso
     for part in in_microbatches(batch, actors.settings.microbatch):
         with base.acting_as(role):
             hidden = sampling.hidden_states(base, part)
-            logits = sampling.response_logits(base, part, hidden, actors.settings.sampling.temperature)
+            logits = sampling.response_logits(base, part, hidden, actors.temperature)
             logprobs.append(sampling.token_logprobs(logits, part.response_ids) * part.response_mask)
             if role == POLICY and actors.critic == "trunk":
                 values.append(critic_values(actors, part, hidden))
