@@ -42,6 +42,13 @@ class PpoSection(CompositeSection):
     cliprange_value: PositiveFloat = 0.2
     vf_coef: NonNegative = 0.1
     entropy_coef: NonNegative = 0.0
+    final_entropy_coef: NonNegative | None = Field(
+        None, description="entropy_coef goes linearly to it, which the last update has"
+    )
+    final_temperature: PositiveFloat | None = Field(None, description="sampling.temperature goes to it likewise")
+    reference_share: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="probability that the reference draws a response in place of the policy"
+    )
     kl_coef: NonNegative = 0.05
     kl_in: Literal["auto", "reward", "loss"] = Field("auto", description="k1 in the reward, or k3 in the loss")
     kl_target: PositiveFloat | None = Field(None, description="nats per response; adapts kl_coef")
@@ -118,6 +125,24 @@ class PpoSection(CompositeSection):
         if any(part.member for part in self.independent) and ("model", None) not in optimized:
             raise ValueError("independent: `member` is one of the reward model that is optimized; here give `model`")
         return self
+
+    @model_validator(mode="after")
+    def _schedules_have_an_end(self) -> "PpoSection":
+        scheduled = sorted({"final_entropy_coef", "final_temperature"} & self.changed)
+        if scheduled and self.updates == 1:
+            raise ValueError(f"{scheduled[0]} is what the last of several updates has, and updates is 1")
+        return self
+
+    def temperature_at(self, update: int) -> float:
+        """Return what divides the logits of policy and reference in an update, counted from 0."""
+        return self._on_the_way(self.sampling.temperature, self.final_temperature, update)
+
+    def entropy_coef_at(self, update: int) -> float:
+        """Return the weight of the entropy bonus in an update, counted from 0."""
+        return self._on_the_way(self.entropy_coef, self.final_entropy_coef, update)
+
+    def _on_the_way(self, first: float, last: float | None, update: int) -> float:
+        return first if last is None else first + (last - first) * update / (self.updates - 1)
 
     @property
     def has_critic(self) -> bool:

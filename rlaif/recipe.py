@@ -164,6 +164,12 @@ class Recipe(Section):
             )
         if "ppo" in self.stages:
             self._rewards()
+        members = self.reward.num_heads * self.reward.num_adapters
+        if "reward" in self.stages and self.ppo.reward_model.ensemble == "uncertainty" and members == 1:
+            raise ValueError(
+                "ppo.reward_model.ensemble is `uncertainty`, and the reward model has one member, which agrees with "
+                "itself; raise reward.num_heads or reward.num_adapters"
+            )
         for stage, source in _SOURCES.items():
             if stage in self.stages and source not in self.stages:
                 raise ValueError(f"{stage} needs the stage `{source}` before it")

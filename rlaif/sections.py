@@ -201,7 +201,9 @@ class Combination(Section):
     ensemble: Literal["mean", "worst", "uncertainty"] = Field(
         "mean", description="mean, least, or mean less uncertainty_coef times the variance of the members"
     )
-    uncertainty_coef: NonNegative = Field(0.5, description="for `uncertainty`; per deviation of the scores")
+    uncertainty_coef: Annotated[float, Field(allow_inf_nan=False)] = Field(
+        0.5, description="for `uncertainty`, per deviation of the scores: above 0 a penalty, below 0 a bonus"
+    )
 
 
 class RewardSection(TrainingSection):

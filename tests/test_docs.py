@@ -206,8 +206,10 @@ def test_every_code_of_a_problem_is_explained_and_no_other() -> None:
 
 def metric_keys() -> set[str]:
     """Return the metric keys that stand in PPO's code, and the two that it puts together from parts."""
-    tree = ast.parse((ROOT / "rlaif" / "stages" / "ppo.py").read_text(encoding="utf-8"))
-    texts = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    stages = ROOT / "rlaif" / "stages"
+    sources = [(stages / f"{name}.py").read_text(encoding="utf-8") for name in ("ppo", "exploration")]
+    nodes = [node for source in sources for node in ast.walk(ast.parse(source))]
+    texts = {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
     whole = {text for text in texts if METRIC.fullmatch(text)}
     assert "/gradient_norm" in texts or {"policy/gradient_norm", "value/gradient_norm"} <= whole
     of_parts = {"rollout/score/NAME", "rollout/score_std/NAME"}  # stages/composite.py puts them together

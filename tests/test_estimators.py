@@ -134,7 +134,7 @@ def test_rloo_steps_in_the_direction_of_dr_grpo(opened, functions):
     found = {}
     for estimator in ("rloo", "dr_grpo"):
         actors.settings = actors.settings.model_copy(update={"advantage_estimator": estimator})
-        advantages, _ = ppo.estimate(actors.settings, rewards, torch.zeros_like(rewards), mask)
+        advantages, _ = ppo.estimate(actors.settings, rewards, torch.zeros_like(rewards), mask, rollout.weights)
         found[estimator], _ = step_of(run, actors, rollout._replace(advantages=advantages))
     assert_close(found["rloo"], {name: 2 * gradient for name, gradient in found["dr_grpo"].items()})
 
@@ -151,7 +151,7 @@ def test_the_kl_of_the_loss_pulls_a_policy_that_left_the_reference_back(opened, 
     ref_logprobs, _ = judge_tokens(actors, REFERENCE, rollout.batch)
     logprobs, _ = judge_tokens(actors, POLICY, rollout.batch)
     zero = torch.zeros_like(logprobs)
-    rollout = ppo.Rollout(rollout.batch, logprobs, ref_logprobs, zero, rollout.values, rollout.values)
+    rollout = rollout._replace(logprobs=logprobs, ref_logprobs=ref_logprobs, advantages=zero, returns=rollout.values)
     actors.settings = actors.settings.model_copy(update={"vf_coef": 0.0})
     gradients, figures = step_of(run, actors, rollout, kl_coef=0.5)
     assert figures["policy/kl_to_reference"] > 1e-3

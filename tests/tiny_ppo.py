@@ -80,7 +80,8 @@ def made_up_rollout(actors, lengths=(8, 5, 3, 1, 8, 2, 7, 4), seed=0):
     mask = batch.response_mask
     logprobs, values = judge_tokens(actors, POLICY, batch)
     noise = [torch.randn(mask.shape, generator=generator) * 0.1 * mask for _ in range(4)]
-    return ppo.Rollout(batch, logprobs + noise[0], logprobs, 10 * noise[2], values + noise[1], values + noise[3])
+    ones = torch.ones(len(lengths), 1)
+    return ppo.Rollout(batch, logprobs + noise[0], logprobs, 10 * noise[2], values + noise[1], values + noise[3], ones)
 
 
 class Gradients:

@@ -39,11 +39,17 @@ class Actors:
     offset: float = 0.0
     scale: float = 1.0
     critic_offset: float = 0.0  # taken off what the critic's head says, to be in units of the reward model
+    update: int = 0  # from 0; says where the schedules are
 
     @property
     def learning(self) -> tuple[str, ...]:
         """The roles that change."""
         return (POLICY,) if self.critic == "none" else (POLICY, CRITIC)
+
+    @property
+    def temperature(self) -> float:
+        """What divides the logits of policy and reference in this update, wherever they are asked."""
+        return self.settings.temperature_at(self.update)
 
     @property
     def starts_critic(self) -> bool:
@@ -195,7 +201,7 @@ def judge_tokens(actors: Actors, role: str, batch: Batch) -> tuple[Tensor, Tenso
     for part in in_microbatches(batch, actors.settings.microbatch):
         with base.acting_as(role, training=True):
             states = token_states(base, part)
-            logprobs.append(token_figures(base, part, states, actors.settings.sampling.temperature).logprobs)
+            logprobs.append(token_figures(base, part, states, actors.temperature).logprobs)
             if role == POLICY and actors.critic == "trunk":
                 values.append(critic_values(actors, part, states))
         if role == POLICY and actors.critic == "adapter":

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from rlaif import health
 from rlaif.model.roles import SharedBase
 from rlaif.model.sampling import Batch
@@ -45,13 +47,16 @@ def optimized(run: Run, model: RewardModel) -> RewardModel:
 
 
 def independent_figures(
-    independent: Composite | None, rows: Sequence[Prompt], responses: Sequence[str], batch: Batch
+    independent: Composite | None, rows: Sequence[Prompt], responses: Sequence[str], batch: Batch, own: Tensor
 ) -> dict[str, float]:
-    """Return mean and deviation of the independent score of a rollout, in deviations of the first one, as metrics."""
+    """Return mean and deviation of the independent score of a rollout, in deviations of the first one, as metrics.
+
+    They are of the responses that the policy has drawn itself (`own`, ``[B]``).
+    """
     if independent is None:
         return {}
     weights = sum(part.weight for part in independent.settings.rewards)
-    scores = independent.score(rows, responses, batch).total / weights
+    scores = independent.score(rows, responses, batch).total[own] / weights
     return {health.INDEPENDENT: scores.mean().item(), health.INDEPENDENT_SPREAD: scores.std(correction=0).item()}
 
 

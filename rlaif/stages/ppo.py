@@ -4,7 +4,8 @@ The order of operations is that of Huang et al. 2024 (arXiv 2403.17031): (1) sam
 end token; (3) score it, shifted so that the first rollout averages 0, and take the penalty off where it did not end;
 (4) token rewards: the per-token KL to the reference as a price, without gradient, and the score at the last token;
 (5) advantages by GAE, whitened over real tokens; (6) several epochs of clipped updates. Sampling temperature divides
-the logits of policy and reference alike.
+the logits of policy and reference alike. Where the reference draws some of the responses, each counts its importance
+weight (`exploration`).
 
 Other estimators of the advantages (RLOO, GRPO, Dr. GRPO, REINFORCE) change step 5 and how step 6 sums over tokens, and
 need no critic. The KL may be priced in the loss instead of the reward, and plain text may be learned beside (PPO-ptx).
@@ -38,6 +39,7 @@ from rlaif.records import Prompt
 from rlaif.stages.actors import Actors, assign_roles, calibrate, critic_values, judge_tokens, scale_of, score, use_scale
 from rlaif.stages.checkpoints import CRITIC, POLICY, restore, save
 from rlaif.stages.composite import cost_files, part_figures
+from rlaif.stages.exploration import draw, exploration_figures, policy_draws, weights_of
 from rlaif.stages.independent import independent_figures, independent_files, independent_inputs
 from rlaif.stages.judged_reward import reward_inputs
 from rlaif.stages.ppo_outputs import finish, record
@@ -58,6 +60,7 @@ class Rollout(NamedTuple):
     advantages: Tensor  # [B, T], with a critic whitened
     values: Tensor  # [B, T]; 0 without a critic
     returns: Tensor  # [B, T]; 0 without a critic
+    weights: Tensor  # [B, 1]: what a response counts; 1 where the policy draws them all
 
     def rows(self, index: Tensor) -> "Rollout":
         """Return some of the rows."""
@@ -105,19 +108,13 @@ def ppo(run: Run) -> dict[str, Any]:
     watch = Watch(run)
     with run.progress.task("updates", settings.updates - done) as task:
         for update in range(done, settings.updates):
+            actors.update = update
             rows = prompts_of_update(run, prompts, update)
 
             # 1. Sample one response to each prompt.
             ids = [base.tokenizer.prompt(prompt.messages) for prompt in rows]
-            with base.acting_as(POLICY):
-                samples = sampling.sample(
-                    base,
-                    ids,
-                    max_new_tokens=settings.sampling.max_new_tokens,
-                    seeds=[run.seed(NAME, update, row) for row in range(len(rows))],
-                    temperature=settings.sampling.temperature,
-                    top_p=settings.sampling.top_p,
-                )
+            own = policy_draws(run, actors, len(rows))
+            samples = draw(run, actors, ids, own)
 
             # 2. A response is what was sampled up to and including its first end token.
             responses = [base.tokenizer.decode(s.ids) for s in samples]
@@ -137,42 +134,47 @@ def ppo(run: Run) -> dict[str, Any]:
             logprobs, values = judge_tokens(actors, POLICY, batch)
             ref_logprobs, _ = judge_tokens(actors, actors.reference, batch)
             refuse_not_finite(update, rows, score=scores, logprobs=logprobs, ref_logprobs=ref_logprobs, values=values)
+            divergence = ((logprobs - ref_logprobs) * mask).sum(1)
+            weights = weights_of(settings, divergence)
             price = kl.coef if settings.kl_place == "reward" else 0.0
             rewards = token_rewards(scores, logprobs, ref_logprobs, mask, price)
             if settings.whiten_rewards:
-                rewards = masked_whiten(rewards, mask, center=False)
+                rewards = masked_whiten(rewards, mask, center=False, weights=weights)
 
             # 5. Advantages.
-            advantages, returns = estimate(settings, rewards, values, mask)
-            rollout = Rollout(batch, logprobs, ref_logprobs, advantages, values, returns)
+            advantages, returns = estimate(settings, rewards, values, mask, weights)
+            rollout = Rollout(batch, logprobs, ref_logprobs, advantages, values, returns, weights)
 
             # 6. Update.
             set_learning_rate(optimizer, settings, update)
             loss_price = kl.coef if settings.kl_place == "loss" else 0.0
             figures = optimize(run, actors, optimizer, trainable, rollout, update, loss_price, ptx)
-            divergence = ((logprobs - ref_logprobs) * mask).sum(1)
             sampled = torch.tensor([s.logprobs + [0.0] * (mask.shape[1] - len(s.ids)) for s in samples])
+            drawn = torch.where(own.unsqueeze(1), logprobs, ref_logprobs)
             figures |= {
-                "rollout/score": scores.mean().item(),
-                "rollout/score_std": scores.std(correction=0).item(),
-                "rollout/reward": (rewards * mask).sum(1).mean().item(),
-                "rollout/kl_to_reference": divergence.mean().item(),
-                "rollout/response_tokens": mask.sum(1).float().mean().item(),
-                "rollout/ended": ended.float().mean().item(),
-                "rollout/logprob_gap": ((logprobs - sampled.to(logprobs)) * mask).abs().max().item(),
+                "rollout/score": scores[own].mean().item(),
+                "rollout/score_std": scores[own].std(correction=0).item(),
+                "rollout/reward": (rewards * mask).sum(1)[own].mean().item(),
+                "rollout/kl_to_reference": divergence[own].mean().item(),
+                "rollout/response_tokens": mask.sum(1)[own].float().mean().item(),
+                "rollout/ended": ended[own].float().mean().item(),
+                "rollout/logprob_gap": ((drawn - sampled.to(drawn)) * mask).abs().max().item(),
                 "kl/coef": kl.coef,
-                **part_figures(parts),
-                **independent_figures(actors.independent, rows, responses, batch),
+                **part_figures({name: values[own] for name, values in parts.items()}),
+                **independent_figures(actors.independent, rows, responses, batch, own),
+                **exploration_figures(actors, own, scores, weights),
             }
             if settings.has_critic:
                 figures["value/explained_variance"] = explained_variance(values, returns, mask).item()
-            kl.update(divergence.mean().item())
-            record(run, actors, update, figures, list(zip(rows, responses, scores, divergence, strict=True)), parts)
+            kl.update(figures["rollout/kl_to_reference"])
+            shown = list(zip(rows, responses, scores, divergence, strict=True))
+            record(run, actors, update, figures, shown, parts, own.tolist())
             must_stop = watch.after(update, figures)
             if must_stop or (update + 1) % settings.save_every_updates == 0:
                 save(run, base, optimizer, kl, update + 1, scale_of(actors))
             watch.stop()
-            task.advance(1, tokens=int(mask.sum()), note=f"score {scores.mean():.2f} kl {divergence.mean():.2f}")
+            note = f"score {figures['rollout/score']:.2f} kl {figures['rollout/kl_to_reference']:.2f}"
+            task.advance(1, tokens=int(mask.sum()), note=note)
     return finish(run, actors)
 
 
@@ -203,11 +205,11 @@ def prompts_of_update(run: Run, prompts: list[Prompt], update: int) -> list[Prom
     return chosen
 
 
-def estimate(settings: PpoSection, rewards: Tensor, values: Tensor, mask: Tensor) -> Advantages:
+def estimate(settings: PpoSection, rewards: Tensor, values: Tensor, mask: Tensor, weights: Tensor) -> Advantages:
     """Return what step 6 takes for the advantages, and the targets of the critic; without a critic these are 0."""
     if settings.has_critic:
         found = gae(rewards, values, mask, gamma=settings.gamma, lam=settings.lam)
-        return found._replace(advantages=masked_whiten(found.advantages, mask))
+        return found._replace(advantages=masked_whiten(found.advantages, mask, weights=weights))
     earned = rewards.sum(1)
     of_responses = sequence_advantages(settings.advantage_estimator, earned, mask, settings.samples_per_prompt)
     return Advantages(of_responses, torch.zeros_like(values))
@@ -291,14 +293,14 @@ def backward(
     base, settings, mask = actors.base, actors.settings, part.batch.response_mask
     figures: dict[str, Tensor] = {}
     with base.acting_as(POLICY, training=True):
+        entropy_coef = settings.entropy_coef_at(actors.update)
         states = token_states(base, part.batch)
-        logprobs, spread = token_figures(
-            base, part.batch, states, settings.sampling.temperature, learn_entropy=settings.entropy_coef > 0
-        )
-        policy = clipped_policy_loss(logprobs, part.logprobs, part.advantages, mask, settings.cliprange, aggregation)
-        loss = (policy.loss - settings.entropy_coef * aggregation.mean(spread, mask)) * share
+        logprobs, spread = token_figures(base, part.batch, states, actors.temperature, learn_entropy=entropy_coef > 0)
+        advantages = part.weights * part.advantages
+        policy = clipped_policy_loss(logprobs, part.logprobs, advantages, mask, settings.cliprange, aggregation)
+        loss = (policy.loss - entropy_coef * aggregation.mean(part.weights * spread, mask)) * share
         if settings.kl_place == "loss":
-            divergence = k3(zero_outside(logprobs - part.ref_logprobs, mask))
+            divergence = part.weights * k3(zero_outside(logprobs - part.ref_logprobs, mask))
             loss = loss + kl_coef * aggregation.mean(divergence, mask) * share
             figures["policy/kl_to_reference"] = masked_mean(divergence.detach(), mask)
         if actors.critic == "trunk":
@@ -322,4 +324,5 @@ def backward(
 def value_loss(actors: Actors, part: Rollout, states: Tensor) -> Tensor:
     """Return the critic's clipped loss on a microbatch, a mean over tokens."""
     values, mask = critic_values(actors, part.batch, states), part.batch.response_mask
-    return clipped_value_loss(values, part.values, part.returns, mask, actors.settings.cliprange_value).loss
+    clip = actors.settings.cliprange_value
+    return clipped_value_loss(values, part.values, part.returns, mask, clip, part.weights).loss

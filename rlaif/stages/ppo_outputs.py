@@ -7,7 +7,7 @@ from torch import Tensor
 
 from rlaif import files, health
 from rlaif.records import read_jsonl
-from rlaif.stages.actors import Actors, scale_of
+from rlaif.stages.actors import REFERENCE, Actors, scale_of
 from rlaif.stages.cards import write_policy_card
 from rlaif.stages.checkpoints import CRITIC, POLICY, SAMPLES, STAGE
 from rlaif.stages.composite import SCALE, part_scores
@@ -18,9 +18,15 @@ _SAMPLES_SHOWN = 4  # responses kept per update
 
 
 def record(
-    run: Run, actors: Actors, update: int, figures: dict[str, float], rows: list[Any], parts: dict[str, Tensor]
+    run: Run,
+    actors: Actors,
+    update: int,
+    figures: dict[str, float],
+    rows: list[Any],
+    parts: dict[str, Tensor],
+    own: list[bool],
 ) -> None:
-    """Append the figures of an update and a few of its responses to the stage's files."""
+    """Append the figures of an update and a few of its responses to the stage's files; `own`: the policy drew them."""
     folder = run.stage_folder(STAGE)
     files.append_jsonl(folder / METRICS, {"step": update + 1, "update": update + 1, **figures})
     if update % actors.settings.sample_every_updates:
@@ -36,7 +42,7 @@ def record(
             "tag": prompt.tag,
             "response": response,
         }
-        row |= {"score": value.item(), "kl": divergence.item()}
+        row |= {"score": value.item(), "kl": divergence.item()} | ({} if own[index] else {"drawn_by": REFERENCE})
         files.append_jsonl(folder / SAMPLES, row | ({"parts": part_scores(parts, index)} if parts else {}))
 
 

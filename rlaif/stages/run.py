@@ -44,6 +44,8 @@ _NOT_DETERMINING = {
     "save_steps",
     "save_every_updates",
 }
+# Keys that came later: at their default they are left out, and runs from before keep their fingerprints.
+_LATER = {"final_entropy_coef", "final_temperature", "reference_share"}
 # Keys that name an engine: what it is asked with counts (`Run.asked`), and not what the recipe calls it.
 _NAMES = {key for keys in ENGINE_KEYS.values() for key in keys}
 
@@ -250,7 +252,9 @@ class Run:
         """Return fingerprints of all that a stage's result depends on, by name."""
         result = {"seed": str(self.recipe.seed), "model": fingerprint(self.recipe.model.model_dump())}
         for section in sections:
-            content = section.model_dump(exclude=_NOT_DETERMINING | _NAMES)
+            fields = type(section).model_fields
+            unset = {key for key in _LATER & fields.keys() if getattr(section, key) == fields[key].get_default()}
+            content = section.model_dump(exclude=_NOT_DETERMINING | _NAMES | unset)
             result[f"recipe.{type(section).__name__.removesuffix('Section').lower()}"] = fingerprint(content)
         result |= {name: fingerprint(value) for name, value in named.items()}
         result |= {name: path_sha256(path) for name, path in (files or {}).items()}
