@@ -182,10 +182,9 @@ class Recipe(Section):
         for part in parts:
             if part.model and not has_reward:
                 raise ValueError(f"the part `{part.name}` of ppo.rewards needs the stage `reward` before it")
-            if part.cost == OWN_STAGE and not (has_reward and self.reward.cost):
-                raise ValueError(
-                    f"the part `{part.name}` of ppo.rewards needs the stage `reward` before it, with reward.cost: true"
-                )
+        for key, cost in self.ppo.costs.items():
+            if cost == OWN_STAGE and not (has_reward and self.reward.cost):
+                raise ValueError(f"{key}: the cost needs the stage `reward` before it, with reward.cost: true")
 
     def _candidates(self) -> None:
         """Refuse pairs from a stage that the recipe does not have."""
@@ -265,7 +264,7 @@ def load_recipe(path: Path, overrides: list[str] = []) -> Loaded:  # noqa: B006
         reference=find("recipes", recipe.label.reference, here) if recipe.label.reference else None,
         adapters={name: _adapter(name, here) for name in _adapters_named(recipe.label)},
         start=None if recipe.reward.start_from in ("sft", "base") else _adapter(recipe.reward.start_from, here),
-        cost_stage=find_cost_stage(recipe.ppo.rewards, here),
+        cost_stage=find_cost_stage(recipe.ppo.costs, here),
         ptx_file=_text_file(recipe.ppo.ptx_file, here) if recipe.ppo.ptx_file else None,
     )
 

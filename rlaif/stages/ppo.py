@@ -8,6 +8,7 @@ the logits of policy and reference alike.
 
 Other estimators of the advantages (RLOO, GRPO, Dr. GRPO, REINFORCE) change step 5 and how step 6 sums over tokens, and
 need no critic. The KL may be priced in the loss instead of the reward, and plain text may be learned beside (PPO-ptx).
+With a constraint, costs have advantages as well, and the multiplier's price of them is taken off (PPO-Lagrangian).
 
 Policy, reference, critic and reward are roles on one base. The critic is a head on the policy's trunk (one backward
 pass) or an adapter of its own, started from the reward adapter (two backward passes).
@@ -27,6 +28,7 @@ from torch import Tensor
 from rlaif.errors import DataError
 from rlaif.maths.advantages import Advantages, gae, sequence_advantages, token_rewards
 from rlaif.maths.kl import AdaptiveKl, FixedKl, k3
+from rlaif.maths.lagrange import combine
 from rlaif.maths.losses import Aggregation, clipped_policy_loss, clipped_value_loss, entropy, explained_variance
 from rlaif.maths.masking import masked_mean, masked_whiten, zero_outside
 from rlaif.model import sampling
@@ -35,8 +37,9 @@ from rlaif.model.sampling import Batch
 from rlaif.recipe import PpoSection
 from rlaif.records import Prompt
 from rlaif.stages.actors import Actors, assign_roles, calibrate, critic_values, judge_tokens, scale_of, score, use_scale
-from rlaif.stages.checkpoints import CRITIC, POLICY, restore, save
+from rlaif.stages.checkpoints import COST_CRITIC, CRITIC, POLICY, restore, save
 from rlaif.stages.composite import cost_files, part_figures
+from rlaif.stages.constraint import Cost, constraint_inputs
 from rlaif.stages.judged_reward import reward_inputs
 from rlaif.stages.ppo_outputs import finish, record
 from rlaif.stages.ptx import Ptx, ptx_files
@@ -55,10 +58,14 @@ class Rollout(NamedTuple):
     advantages: Tensor  # [B, T], with a critic whitened
     values: Tensor  # [B, T]; 0 without a critic
     returns: Tensor  # [B, T]; 0 without a critic
+    cost: Cost | None = None  # with a constraint: what its critic says and learns
 
     def rows(self, index: Tensor) -> "Rollout":
         """Return some of the rows."""
-        return Rollout(Batch(*(part[index] for part in self.batch)), *(part[index] for part in self[1:]))
+        of_tokens = self.logprobs, self.ref_logprobs, self.advantages, self.values, self.returns
+        logprobs, ref_logprobs, advantages, values, returns = (part[index] for part in of_tokens)
+        batch, cost = Batch(*(part[index] for part in self.batch)), self.cost.rows(index) if self.cost else None
+        return Rollout(batch, logprobs, ref_logprobs, advantages, values, returns, cost)
 
 
 def inputs(run: Run) -> dict[str, str]:
@@ -75,6 +82,7 @@ def inputs(run: Run) -> dict[str, str]:
         },
         prompts=run.prompts_hash(run.select("train", settings.prompts_per_tag)),
         **reward_inputs(run),
+        **constraint_inputs(run),
     )
 
 
@@ -94,7 +102,8 @@ def ppo(run: Run) -> dict[str, Any]:
     )
     kl = AdaptiveKl(settings.kl_coef, settings.kl_target) if settings.kl_target else FixedKl(settings.kl_coef)
     ptx = Ptx.load(run, base)
-    done, scale = restore(run, base, optimizer, kl)
+    constraint = actors.constraint
+    done, scale = restore(run, base, optimizer, kl, constraint)
     if scale:
         use_scale(actors, scale)
     with run.progress.task("updates", settings.updates - done) as task:
@@ -138,6 +147,11 @@ def ppo(run: Run) -> dict[str, Any]:
             # 5. Advantages.
             advantages, returns = estimate(settings, rewards, values, mask)
             rollout = Rollout(batch, logprobs, ref_logprobs, advantages, values, returns)
+            if constraint:
+                costs, cost_values = constraint.assess(update, rows, responses, batch, logprobs, ref_logprobs, price)
+                found = estimate(settings, costs, cost_values, mask)
+                advantages = combine(advantages, found.advantages, constraint.multiplier.value)
+                rollout = rollout._replace(advantages=advantages, cost=Cost(cost_values, found.returns))
 
             # 6. Update.
             set_learning_rate(optimizer, settings, update)
@@ -155,13 +169,16 @@ def ppo(run: Run) -> dict[str, Any]:
                 "rollout/logprob_gap": ((logprobs - sampled.to(logprobs)) * mask).abs().max().item(),
                 "kl/coef": kl.coef,
                 **part_figures(parts),
+                **(constraint.figures() if constraint else {}),
             }
             if settings.has_critic:
                 figures["value/explained_variance"] = explained_variance(values, returns, mask).item()
+                if rollout.cost:
+                    figures["cost_value/explained_variance"] = explained_variance(*rollout.cost, mask).item()
             kl.update(divergence.mean().item())
             record(run, actors, update, figures, list(zip(rows, responses, scores, divergence, strict=True)), parts)
             if (update + 1) % settings.save_every_updates == 0:
-                save(run, base, optimizer, kl, update + 1, scale_of(actors))
+                save(run, base, optimizer, kl, update + 1, scale_of(actors), constraint)
             task.advance(1, tokens=int(mask.sum()), note=f"score {scores.mean():.2f} kl {divergence.mean():.2f}")
     return finish(run, actors)
 
@@ -253,7 +270,7 @@ def optimize(
                 totals["ptx/loss"] = totals.get("ptx/loss", 0.0) + loss
             for role, parameters in trainable.items():
                 norm = torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm).item()
-                key = {POLICY: "policy", CRITIC: "value"}[role] + "/gradient_norm"
+                key = {POLICY: "policy", CRITIC: "value", COST_CRITIC: "cost_value"}[role] + "/gradient_norm"
                 totals[key] = totals.get(key, 0.0) + norm
             optimizer.step()
             steps += 1
@@ -298,6 +315,8 @@ def backward(
         with base.acting_as(CRITIC, training=True):
             figures["value/loss"] = value = value_loss(actors, part, sampling.hidden_states(base, part.batch))
             torch.autograd.backward(settings.vf_coef * value * tokens)
+    if actors.constraint and part.cost and settings.has_critic:
+        figures["cost_value/loss"] = actors.constraint.backward(part.batch, part.cost, hidden, tokens)
     figures |= {
         "policy/loss": policy.loss,
         "policy/kl_to_old": policy.kl_to_old,

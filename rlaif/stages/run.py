@@ -34,6 +34,7 @@ _NOT_DETERMINING = {
     "allow_weak_judge",
     "allow_weak_reward",
     "candidate_files",  # their content counts
+    "constraint",  # counts where there is one (`constraint_inputs`)
     "min_heldout_accuracy",
     "min_judge_accuracy",
     "ptx_file",  # its content counts
