@@ -6,10 +6,32 @@ from pydantic import Field, model_validator
 
 from rlaif.health import HealthSection
 from rlaif.reward_parts import CompositeSection, IndependentPart
-from rlaif.sections import Combination, Fraction, NonNegative, Positive, PositiveFloat, WarmSamplingSection
+from rlaif.sections import Combination, Fraction, NonNegative, Positive, PositiveFloat, Section, WarmSamplingSection
 
 _GROUPS = ("rloo", "grpo", "dr_grpo")  # estimators that compare responses to one prompt
 _ONLY_GAE = {"gamma", "lam", "cliprange_value", "vf_coef", "critic", "whiten_rewards"}
+
+
+class ConstraintSection(Section):
+    """A limit to what responses cost on average, kept by a multiplier (PPO-Lagrangian)."""
+
+    cost: str | None = Field(None, min_length=1, description="`reward`: of this run's stage, else a `4-reward` folder")
+    function: str | None = Field(None, min_length=1, description="a registered function; higher costs more")
+    threshold: Annotated[float, Field(allow_inf_nan=False)] = Field(0.0, description="highest mean cost of a response")
+    lambda_init: NonNegative = Field(1.0, description="score that a unit of cost is worth at first; 0 stays 0")
+    lambda_lr: NonNegative = Field(0.1, description="learning rate of log lambda; 0: lambda stays as it is")
+    lambda_max: PositiveFloat = 5.0
+    lambda_update_delay_steps: int = Field(0, ge=0, description="updates that leave lambda at lambda_init")
+    episode_cost_window_size: Positive = Field(128, description="latest responses whose mean cost moves lambda")
+
+    @model_validator(mode="after")
+    def _fits(self) -> "ConstraintSection":
+        if bool(self.cost) == bool(self.function):
+            given = "both are given" if self.cost else "none is given"
+            raise ValueError(f"a constraint has one source, cost (an adapter) or function; {given}")
+        if self.lambda_init > self.lambda_max:
+            raise ValueError(f"lambda_init {self.lambda_init:g} is above lambda_max {self.lambda_max:g}")
+        return self
 
 
 class PpoSection(CompositeSection):
@@ -61,6 +83,7 @@ class PpoSection(CompositeSection):
     independent: list[IndependentPart] = Field(
         [], description="parts of a score that the policy does not optimize, as in `rewards`; absent: none"
     )
+    constraint: ConstraintSection | None = Field(None, description="a limit to the cost of responses (PPO-Lagrangian)")
     ptx_coef: NonNegative = Field(0.0, description="weight of the loss on plain text (PPO-ptx); 0: none")
     ptx_file: str | None = Field(None, min_length=1, description="plain text, or JSON lines with the column `text`")
     ptx_length: Annotated[int, Field(gt=1)] = Field(256, description="tokens in a chunk of the text")
@@ -143,6 +166,25 @@ class PpoSection(CompositeSection):
 
     def _on_the_way(self, first: float, last: float | None, update: int) -> float:
         return first if last is None else first + (last - first) * update / (self.updates - 1)
+
+    @model_validator(mode="after")
+    def _constraint_fits(self) -> "PpoSection":
+        if self.constraint and self.whiten_rewards:
+            raise ValueError(
+                "whiten_rewards gives rewards another unit in each update, and constraint compares them with costs; "
+                "leave one of them out"
+            )
+        if self.constraint and self.constraint.cost and any(part.cost for part in [*self.rewards, *self.independent]):
+            raise ValueError("the cost is a part of rewards or independent, and constraint limits it; leave one out")
+        return self
+
+    @property
+    def costs(self) -> dict[str, str]:
+        """Where cost adapters come from, by the key that names them."""
+        named = [("ppo.rewards", part.cost) for part in self.rewards]
+        named += [("ppo.independent", part.cost) for part in self.independent]
+        named += [("ppo.constraint", self.constraint.cost)] if self.constraint else []
+        return {key: cost for key, cost in named if cost}
 
     @property
     def has_critic(self) -> bool:

@@ -189,10 +189,9 @@ class Recipe(Section):
         for key, part in named:
             if part.model and not has_reward:
                 raise ValueError(f"the part `{part.name}` of ppo.{key} needs the stage `reward` before it")
-            if part.cost == OWN_STAGE and not (has_reward and self.reward.cost):
-                raise ValueError(
-                    f"the part `{part.name}` of ppo.{key} needs the stage `reward` before it, with reward.cost: true"
-                )
+        for key, cost in self.ppo.costs.items():
+            if cost == OWN_STAGE and not (has_reward and self.reward.cost):
+                raise ValueError(f"{key}: the cost needs the stage `reward` before it, with reward.cost: true")
         members = self.reward.num_adapters * self.reward.num_heads
         for part in self.ppo.independent:
             if part.member and part.member > members:
@@ -280,7 +279,7 @@ def load_recipe(path: Path, overrides: list[str] = []) -> Loaded:  # noqa: B006
         reference=find("recipes", recipe.label.reference, here) if recipe.label.reference else None,
         adapters={name: _adapter(name, here) for name in _adapters_named(recipe.label)},
         start=None if recipe.reward.start_from in ("sft", "base") else _adapter(recipe.reward.start_from, here),
-        cost_stage=find_cost_stage([*recipe.ppo.rewards, *recipe.ppo.independent], here),
+        cost_stage=find_cost_stage(recipe.ppo.costs, here),
         ptx_file=_text_file(recipe.ppo.ptx_file, here) if recipe.ppo.ptx_file else None,
     )
 

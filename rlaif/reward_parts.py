@@ -119,19 +119,20 @@ class CompositeSection(Section):
             )
 
 
-def find_cost_stage(parts: list[RewardPart], here: Path) -> Path | None:
-    """Return another run's folder that a part of the reward names for its cost adapter; None where no part does.
+def find_cost_stage(costs: dict[str, str], here: Path) -> Path | None:
+    """Return another run's folder that is named for its cost adapter, by the key that names it; None where none is.
 
     Raises:
         ConfigError: it holds none, neither beside the recipe (`here`) nor in the working folder.
     """
-    for part, name in [(part, part.cost) for part in parts if part.cost and part.cost != OWN_STAGE]:
+    for key, name in costs.items():
+        if name == OWN_STAGE:
+            continue
         for root in (here, Path.cwd()):
             if (root / name / "cost" / "adapter" / "adapter_config.json").is_file():
                 return (root / name).resolve()
-        key = "independent" if isinstance(part, IndependentPart) else "rewards"
         raise ConfigError(
-            f"ppo.{key}: no cost adapter in `{name}`; looked for cost/adapter in it, beside the recipe and in the "
+            f"{key}: no cost adapter in `{name}`; looked for cost/adapter in it, beside the recipe and in the "
             f"working folder. Name `{OWN_STAGE}` for this run's own, or a folder such as runs/NAME/4-reward."
         )
     return None

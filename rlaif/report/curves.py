@@ -47,6 +47,13 @@ PPO_CURVES = (
         spread="rollout/score_std",
     ),
     Curve(
+        "constraint/lambda",
+        "Lambda",
+        "The price of the cost. It rises while the window\u2019s mean cost is above the threshold and falls while it "
+        "is below; at its maximum, the threshold is out of reach.",
+        optional=True,
+    ),
+    Curve(
         "rollout/kl_to_reference",
         "KL to the reference",
         "How far the policy has moved from the reference, in nats per response. "
@@ -156,7 +163,7 @@ def ppo_figures(rows: Metrics, beside: Sequence[Figure] = ()) -> list[Figure]:
         series = [Series(curve.title, line, spread)]
         chart = line_chart(series, title=curve.title, x_label="update", percent=curve.percent)
         figures.append(Figure(curve.title, chart, curve.note))
-    return [*figures[:1], *beside, *_part_figures(rows), *figures[1:]]
+    return [*figures[:1], *beside, *_part_figures(rows), *_cost_figures(rows), *figures[1:]]
 
 
 def _part_figures(rows: Metrics) -> list[Figure]:
@@ -169,6 +176,21 @@ def _part_figures(rows: Metrics) -> list[Figure]:
         "update (logits with a gate), penalties in tokens or shares. A score that rises alone may be a shortcut."
     )
     return [Figure(title, line_chart(lines, title=title, x_label="update"), note)] if lines else []
+
+
+def _cost_figures(rows: Metrics) -> list[Figure]:
+    """Draw the cost against its threshold, where there is a constraint."""
+    named = {
+        "update": "rollout/cost",
+        "mean of the window": "constraint/mean_cost",
+        "threshold": "constraint/threshold",
+    }
+    lines = [Series(name, points(rows, "update", key), colour=index) for index, (name, key) in enumerate(named.items())]
+    note = (
+        "Mean cost of the update\u2019s responses, and of the latest ones over several updates, which moves lambda. "
+        "It should settle at the threshold or stay below it."
+    )
+    return [Figure("Cost", line_chart(lines, title="Cost", x_label="update"), note)] if lines[0].points else []
 
 
 def points(rows: Metrics, x: str, key: str) -> list[Point]:

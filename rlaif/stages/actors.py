@@ -1,6 +1,7 @@
 """Who takes part in PPO: the roles on the shared base, and what each says of a batch of responses."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -13,11 +14,12 @@ from rlaif.model.roles import BASE, SharedBase
 from rlaif.model.sampling import Batch, in_microbatches
 from rlaif.recipe import PpoSection
 from rlaif.records import Prompt
-from rlaif.stages.checkpoints import CRITIC, POLICY
-from rlaif.stages.composite import Composite, Scored, needs_reward_model
+from rlaif.stages.checkpoints import COST_CRITIC, CRITIC, POLICY
+from rlaif.stages.composite import Composite, Scored, cost_stage, needs_reward_model
+from rlaif.stages.constraint import Constraint
 from rlaif.stages.independent import independent_of, needs_model, optimized
 from rlaif.stages.judged_reward import reward_function
-from rlaif.stages.reward_model import RewardModel, read_calibration
+from rlaif.stages.reward_model import COST, RewardModel, read_calibration
 from rlaif.stages.rewards import RewardFunction, call_function
 from rlaif.stages.run import Run
 
@@ -36,6 +38,7 @@ class Actors:
     model: RewardModel | None = None
     composite: Composite | None = None
     independent: Composite | None = None  # scores what the policy does not optimize
+    constraint: Constraint | None = None
     offset: float = 0.0
     scale: float = 1.0
     critic_offset: float = 0.0  # taken off what the critic's head says, to be in units of the reward model
@@ -44,7 +47,9 @@ class Actors:
     @property
     def learning(self) -> tuple[str, ...]:
         """The roles that change."""
-        return (POLICY,) if self.critic == "none" else (POLICY, CRITIC)
+        if self.critic == "none":
+            return (POLICY,)
+        return (POLICY, CRITIC, COST_CRITIC) if self.constraint else (POLICY, CRITIC)
 
     @property
     def temperature(self) -> float:
@@ -81,7 +86,7 @@ def assign_roles(run: Run) -> Actors:
         actors.offset, actors.scale = model.scale
     else:
         actors.function = reward_function(run, base, "ppo")
-    add_critic(run, actors)
+    add_critics(run, actors)
     return actors
 
 
@@ -94,19 +99,40 @@ def which_critic(base: SharedBase, settings: PpoSection) -> Literal["none", "tru
     return settings.critic
 
 
-def add_critic(run: Run, actors: Actors) -> None:
-    """Give the critic its role, where the advantages need one."""
-    base = actors.base
-    if actors.critic == "adapter" and actors.starts_critic:
-        assert actors.model
-        weight, actors.critic_offset = actors.model.critic_start()
-        base.add_role(CRITIC, trainable=True, adapter=run.output("reward", "adapter"), outputs=1)
-        with torch.no_grad():
-            base.head_weight(CRITIC).copy_(weight)
-    elif actors.critic == "adapter":
-        base.add_role(CRITIC, trainable=True, head=True)
-    elif actors.critic == "trunk":
-        base.add_head_on(POLICY, CRITIC)
+def add_critics(run: Run, actors: Actors) -> None:
+    """Give the critics their roles, where the advantages need them: the reward's, and with a constraint the cost's."""
+    base, kind = actors.base, actors.critic
+    if kind != "none":
+        folder = run.stage_folder("reward") / "adapter"
+        actors.critic_offset = add_critic(base, CRITIC, kind, actors.model, folder)
+    if run.recipe.ppo.constraint:
+        actors.constraint = Constraint(run, base, actors.model, kind)
+        if kind != "none":
+            model, folder = actors.constraint.model, cost_stage(run) / COST / "adapter"
+            actors.constraint.critic_offset = add_critic(base, COST_CRITIC, kind, model, folder)
+
+
+def add_critic(base: SharedBase, role: str, kind: str, model: RewardModel | None, folder: Path) -> float:
+    """Give one critic its role; return what is to be taken off its head's numbers.
+
+    Args:
+        base: the shared base.
+        role: the critic's.
+        kind: `trunk` or `adapter`.
+        model: what an adapter critic starts from, where that stands on the shared base.
+        folder: that model's first adapter.
+    """
+    if kind == "trunk":
+        base.add_head_on(POLICY, role)
+        return 0.0
+    if model is None or model.base is not base:
+        base.add_role(role, trainable=True, head=True)
+        return 0.0
+    weight, offset = model.critic_start()
+    base.add_role(role, trainable=True, adapter=folder, outputs=1)
+    with torch.no_grad():
+        base.head_weight(role).copy_(weight)
+    return offset
 
 
 def reward_model(run: Run, base: SharedBase, stage: str = "ppo") -> RewardModel:

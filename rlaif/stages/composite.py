@@ -73,9 +73,7 @@ class Composite:
         self._functions: dict[str, RewardFunction] = {}
         for part in self.settings.rewards:
             if part.cost:
-                own = run.recipe.reward.model is not None and run.loaded.cost_stage is None  # stands on that model
-                below = (model.base if model else run.load_reward_base()) if own else base
-                self._models[part.name] = RewardModel.load(below, cost_stage(run), Combination(), COST)
+                self._models[part.name] = load_cost(run, base, model)
             elif part.model:
                 assert model, "the stage loads the reward model for the part that names it"
                 self._models[part.name] = model
@@ -160,10 +158,20 @@ def cost_stage(run: Run) -> Path:
     return run.loaded.cost_stage or run.stage_folder("reward")
 
 
+def load_cost(run: Run, base: SharedBase, model: RewardModel | None) -> RewardModel:
+    """Put the cost adapter on the shared base, or on the base of the reward model where it was trained on that.
+
+    Raises:
+        StageError: there is no cost adapter.
+    """
+    own = run.recipe.reward.model is not None and run.loaded.cost_stage is None  # stands on that model
+    below = (model.base if model else run.load_reward_base()) if own else base
+    return RewardModel.load(below, cost_stage(run), Combination(), COST)
+
+
 def cost_files(run: Run) -> dict[str, Path]:
-    """Return the cost adapter that the reward depends on, for a stage's inputs; nothing where no part is a cost."""
-    named = any(part.cost for part in run.recipe.ppo.rewards)
-    return {"cost": cost_stage(run) / COST / "adapter"} if named else {}
+    """Return the cost adapter that reward or constraint depend on, for a stage's inputs; nothing without a cost."""
+    return {"cost": cost_stage(run) / COST / "adapter"} if run.recipe.ppo.costs else {}
 
 
 def composite_inputs(run: Run) -> dict[str, Any]:

@@ -6,7 +6,6 @@ gradient. A `member` of the reward model is taken out of the reward, which then 
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -16,9 +15,9 @@ from rlaif.model.roles import SharedBase
 from rlaif.model.sampling import Batch
 from rlaif.records import Prompt
 from rlaif.reward_parts import CompositeSection
-from rlaif.stages.composite import Composite, cost_stage
+from rlaif.stages.composite import Composite
 from rlaif.stages.judged_reward import judge_inputs
-from rlaif.stages.reward_model import COST, RewardModel
+from rlaif.stages.reward_model import RewardModel
 from rlaif.stages.run import Run
 
 
@@ -58,12 +57,6 @@ def independent_figures(
     weights = sum(part.weight for part in independent.settings.rewards)
     scores = independent.score(rows, responses, batch).total[own] / weights
     return {health.INDEPENDENT: scores.mean().item(), health.INDEPENDENT_SPREAD: scores.std(correction=0).item()}
-
-
-def independent_files(run: Run) -> dict[str, Path]:
-    """Return the cost adapter that the independent score takes, for the stage's inputs."""
-    named = any(part.cost for part in run.recipe.ppo.independent)
-    return {"independent.cost": cost_stage(run) / COST / "adapter"} if named else {}
 
 
 def independent_inputs(run: Run) -> dict[str, Any]:

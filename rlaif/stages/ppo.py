@@ -9,6 +9,7 @@ weight (`exploration`).
 
 Other estimators of the advantages (RLOO, GRPO, Dr. GRPO, REINFORCE) change step 5 and how step 6 sums over tokens, and
 need no critic. The KL may be priced in the loss instead of the reward, and plain text may be learned beside (PPO-ptx).
+With a constraint, costs have advantages as well, and the multiplier's price of them is taken off (PPO-Lagrangian).
 
 Policy, reference, critic and reward are roles on one base. The critic is a head on the policy's trunk (one backward
 pass) or an adapter of its own, started from the reward adapter (two backward passes).
@@ -28,6 +29,7 @@ from torch import Tensor
 from rlaif.errors import DataError
 from rlaif.maths.advantages import Advantages, gae, sequence_advantages, token_rewards
 from rlaif.maths.kl import AdaptiveKl, FixedKl, k3
+from rlaif.maths.lagrange import combine
 from rlaif.maths.losses import Aggregation, clipped_policy_loss, clipped_value_loss, explained_variance
 from rlaif.maths.masking import masked_mean, masked_whiten, zero_outside
 from rlaif.model import sampling
@@ -37,10 +39,11 @@ from rlaif.model.sampling import Batch
 from rlaif.recipe import PpoSection
 from rlaif.records import Prompt
 from rlaif.stages.actors import Actors, assign_roles, calibrate, critic_values, judge_tokens, scale_of, score, use_scale
-from rlaif.stages.checkpoints import CRITIC, POLICY, restore, save
+from rlaif.stages.checkpoints import COST_CRITIC, CRITIC, POLICY, restore, save
 from rlaif.stages.composite import cost_files, part_figures
+from rlaif.stages.constraint import Cost, constraint_inputs
 from rlaif.stages.exploration import draw, exploration_figures, policy_draws, weights_of
-from rlaif.stages.independent import independent_figures, independent_files, independent_inputs
+from rlaif.stages.independent import independent_figures, independent_inputs
 from rlaif.stages.judged_reward import reward_inputs
 from rlaif.stages.ppo_outputs import finish, record
 from rlaif.stages.ptx import Ptx, ptx_files
@@ -61,10 +64,14 @@ class Rollout(NamedTuple):
     values: Tensor  # [B, T]; 0 without a critic
     returns: Tensor  # [B, T]; 0 without a critic
     weights: Tensor  # [B, 1]: what a response counts; 1 where the policy draws them all
+    cost: Cost | None = None  # with a constraint: what its critic says and learns
 
     def rows(self, index: Tensor) -> "Rollout":
         """Return some of the rows."""
-        return Rollout(Batch(*(part[index] for part in self.batch)), *(part[index] for part in self[1:]))
+        of_rows = self.logprobs, self.ref_logprobs, self.advantages, self.values, self.returns, self.weights
+        logprobs, ref_logprobs, advantages, values, returns, weights = (part[index] for part in of_rows)
+        batch, cost = Batch(*(part[index] for part in self.batch)), self.cost.rows(index) if self.cost else None
+        return Rollout(batch, logprobs, ref_logprobs, advantages, values, returns, weights, cost)
 
 
 def inputs(run: Run) -> dict[str, str]:
@@ -78,11 +85,11 @@ def inputs(run: Run) -> dict[str, str]:
             "reward.calibration": run.stage_folder("reward") / CALIBRATION,
             **cost_files(run),
             **ptx_files(run),
-            **independent_files(run),
         },
         prompts=run.prompts_hash(run.select("train", settings.prompts_per_tag)),
         **reward_inputs(run),
         **independent_inputs(run),
+        **constraint_inputs(run),
     )
 
 
@@ -102,7 +109,8 @@ def ppo(run: Run) -> dict[str, Any]:
     )
     kl = AdaptiveKl(settings.kl_coef, settings.kl_target) if settings.kl_target else FixedKl(settings.kl_coef)
     ptx = Ptx.load(run, base)
-    done, scale = restore(run, base, optimizer, kl)
+    constraint = actors.constraint
+    done, scale = restore(run, base, optimizer, kl, constraint)
     if scale:
         use_scale(actors, scale)
     watch = Watch(run)
@@ -144,6 +152,13 @@ def ppo(run: Run) -> dict[str, Any]:
             # 5. Advantages.
             advantages, returns = estimate(settings, rewards, values, mask, weights)
             rollout = Rollout(batch, logprobs, ref_logprobs, advantages, values, returns, weights)
+            if constraint:
+                costs, cost_values = constraint.assess(
+                    update, rows, responses, own, batch, logprobs, ref_logprobs, price
+                )
+                found = estimate(settings, costs, cost_values, mask, weights)
+                advantages = combine(advantages, found.advantages, constraint.multiplier.value)
+                rollout = rollout._replace(advantages=advantages, cost=Cost(cost_values, found.returns))
 
             # 6. Update.
             set_learning_rate(optimizer, settings, update)
@@ -163,15 +178,18 @@ def ppo(run: Run) -> dict[str, Any]:
                 **part_figures({name: values[own] for name, values in parts.items()}),
                 **independent_figures(actors.independent, rows, responses, batch, own),
                 **exploration_figures(actors, own, scores, weights),
+                **(constraint.figures() if constraint else {}),
             }
             if settings.has_critic:
                 figures["value/explained_variance"] = explained_variance(values, returns, mask).item()
+                if rollout.cost:
+                    figures["cost_value/explained_variance"] = explained_variance(*rollout.cost, mask).item()
             kl.update(figures["rollout/kl_to_reference"])
             shown = list(zip(rows, responses, scores, divergence, strict=True))
             record(run, actors, update, figures, shown, parts, own.tolist())
             must_stop = watch.after(update, figures)
             if must_stop or (update + 1) % settings.save_every_updates == 0:
-                save(run, base, optimizer, kl, update + 1, scale_of(actors))
+                save(run, base, optimizer, kl, update + 1, scale_of(actors), constraint)
             watch.stop()
             note = f"score {figures['rollout/score']:.2f} kl {figures['rollout/kl_to_reference']:.2f}"
             task.advance(1, tokens=int(mask.sum()), note=note)
@@ -265,7 +283,7 @@ def optimize(
                 totals["ptx/loss"] = totals.get("ptx/loss", 0.0) + loss
             for role, parameters in trainable.items():
                 norm = torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm).item()
-                key = {POLICY: "policy", CRITIC: "value"}[role] + "/gradient_norm"
+                key = {POLICY: "policy", CRITIC: "value", COST_CRITIC: "cost_value"}[role] + "/gradient_norm"
                 refuse_gradient(update, key, norm)
                 totals[key] = totals.get(key, 0.0) + norm
             optimizer.step()
@@ -311,6 +329,8 @@ def backward(
         with base.acting_as(CRITIC, training=True):
             figures["value/loss"] = value = value_loss(actors, part, token_states(base, part.batch))
             torch.autograd.backward(settings.vf_coef * value * tokens)
+    if actors.constraint and part.cost and settings.has_critic:
+        figures["cost_value/loss"] = actors.constraint.backward(part.batch, part.cost, states, tokens, part.weights)
     figures |= {
         "policy/loss": policy.loss,
         "policy/kl_to_old": policy.kl_to_old,

@@ -36,6 +36,7 @@ _NOT_DETERMINING = {
     "candidate_files",  # their content counts
     "health",
     "independent",  # `independent_inputs`
+    "constraint",  # counts where there is one (`constraint_inputs`)
     "min_heldout_accuracy",
     "min_judge_accuracy",
     "ptx_file",  # its content counts
