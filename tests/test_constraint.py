@@ -72,7 +72,7 @@ def safetensors(folder):
         ({"constraint": {"function": "brief"}, "whiten_rewards": True}, "whiten_rewards gives rewards another unit"),
         (
             {"constraint": {"cost": "other"}, "rewards": [{"name": "harm", "cost": "other"}]},
-            "the cost is a part of rewards, and constraint limits it; leave one of them out",
+            "the cost is a part of rewards or independent, and constraint limits it; leave one out",
         ),
         ({"constraint": {"cost": "runs/none"}}, "ppo.constraint: no cost adapter in `runs/none`; looked for"),
         ({"constraint": {"cost": "reward"}}, "ppo.constraint: the cost needs the stage `reward` before it, with rewa"),
