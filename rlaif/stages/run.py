@@ -45,10 +45,8 @@ _NOT_DETERMINING = {
     "save_steps",
     "save_every_updates",
 }
-# Keys that came later: at their default they are left out, and runs from before keep their fingerprints.
-_LATER = {"final_entropy_coef", "final_temperature", "reference_share"}
-# Keys that name an engine: what it is asked with counts (`Run.asked`), and not what the recipe calls it.
-_NAMES = {key for keys in ENGINE_KEYS.values() for key in keys}
+# Keys that count only where they are not at their default, so that runs from before they counted stay up to date.
+_LATER = {"critic", "final_entropy_coef", "final_temperature", "reference_share"}
 
 
 @dataclass
@@ -254,9 +252,11 @@ class Run:
         result = {"seed": str(self.recipe.seed), "model": fingerprint(self.recipe.model.model_dump())}
         for section in sections:
             fields = type(section).model_fields
+            name = type(section).__name__.removesuffix("Section").lower()
             unset = {key for key in _LATER & fields.keys() if getattr(section, key) == fields[key].get_default()}
-            content = section.model_dump(exclude=_NOT_DETERMINING | _NAMES | unset)
-            result[f"recipe.{type(section).__name__.removesuffix('Section').lower()}"] = fingerprint(content)
+            # What an engine is asked with counts (`Run.asked`), and not what the recipe calls it.
+            content = section.model_dump(exclude=_NOT_DETERMINING | set(ENGINE_KEYS.get(name, ())) | unset)
+            result[f"recipe.{name}"] = fingerprint(content)
         result |= {name: fingerprint(value) for name, value in named.items()}
         result |= {name: path_sha256(path) for name, path in (files or {}).items()}
         return result
