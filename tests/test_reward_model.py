@@ -6,11 +6,12 @@ import pytest
 import tiny_runs
 import torch
 
-from rlaif.errors import StageError
+from rlaif.errors import DataError, StageError
 from rlaif.model import sampling
 from rlaif.model.groups import Group
 from rlaif.model.roles import SharedBase
 from rlaif.recipe import Combination, ModelSection
+from rlaif.records import Prompt
 from rlaif.stages.reward_model import RewardModel, Scale, closed, part_folder, read_calibration, roles_of
 
 GROUPS = [Group([1, 70, 71], [[80, 2], [81, 82, 2]]), Group([1, 72], [[83, 2]])]
@@ -70,6 +71,15 @@ def test_some_members_alone_say_what_they_say_among_all_and_only_their_roles_are
     weight, offset = model.only(1, 3, 4).critic_start()  # of the first adapter the first head alone
     assert torch.allclose(weight, base.head_weight("reward")[:1])
     assert offset == 0.0
+
+
+def test_a_response_that_does_not_fit_the_context_of_a_model_on_its_own_base_is_named(base):
+    stirred(base, "reward", 1, 0)
+    model = RewardModel(base, ["reward"], [Scale(0.0, 1.0)], Combination())
+    base.max_length = 60
+    rows = [Prompt(id="short", prompt="a"), Prompt(id="long", prompt="a" * 60)]
+    with pytest.raises(DataError, match="`long`: prompt and response have .* its context holds 60. Shorten the prompt"):
+        model.score_responses(None, rows, ["b", "b"], None, 2)
 
 
 def test_one_member_keeps_its_number_whatever_the_combination(base):

@@ -49,7 +49,7 @@ def read_adapter(folder: Path, device: torch.device, hidden_size: int) -> tuple[
     """Read an adapter folder: its configuration, and its weights with the head's among them under `SCORE_KEY`.
 
     Raises:
-        ModelError: it is not a plain LoRA adapter, or its head is not as wide as the model.
+        ModelError: it is not a plain LoRA adapter, it holds NaN or infinity, or its head is not as wide as the model.
     """
     try:
         stored = json.loads((folder / "adapter_config.json").read_bytes())
@@ -62,6 +62,12 @@ def read_adapter(folder: Path, device: torch.device, hidden_size: int) -> tuple[
         config = LoraConfig(**kept, lora_dropout=0.0, task_type="CAUSAL_LM")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as problem:
         raise ModelError(f"{folder}: not a LoRA adapter folder in safetensors form: {problem}.") from None
+    broken = sorted(name for name, weight in weights.items() if not weight.isfinite().all())
+    if broken:
+        raise ModelError(
+            f"{folder}: {len(broken)} of {len(weights)} tensors hold numbers that are not finite, `{broken[0]}` first. "
+            "Train the adapter again with a lower learning rate."
+        )
     score = weights.get(SCORE_KEY)
     if score is not None and (score.dim() != 2 or score.shape[1] != hidden_size):
         raise ModelError(f"{folder}: its head has the shape {list(score.shape)}; [outputs, {hidden_size}] is expected.")

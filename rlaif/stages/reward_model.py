@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rlaif.errors import StageError
+from rlaif.errors import DataError, StageError
 from rlaif.maths.composition import mean_score, uncertainty_weighted, worst_score
 from rlaif.model import sampling
 from rlaif.model.groups import Group, score_groups
@@ -144,6 +144,7 @@ class RewardModel:
             size: rows in a pass.
 
         Raises:
+            DataError: a response does not fit the context of a model on a base of its own.
             StageError: a score that is not a finite number.
         """
         parts: Sequence[sampling.Batch | Sequence[Group]]
@@ -152,6 +153,7 @@ class RewardModel:
         else:
             pairs = zip(rows, responses, strict=True)
             groups = [encode_group(self, row.messages, [assistant(text)]) for row, text in pairs]
+            self._refuse_long(rows, groups)
             parts = [groups[start : start + size] for start in range(0, len(groups), size)]
         scores = torch.cat([self.score(part) for part in parts]).to(batch.ids.device)
         bad = (~scores.isfinite()).nonzero().flatten().tolist()
@@ -164,6 +166,16 @@ class RewardModel:
                 "another precision (model.dtype)."
             )
         return scores
+
+    def _refuse_long(self, rows: Sequence[Prompt], groups: Sequence[Group]) -> None:
+        for row, group in zip(rows, groups, strict=True):
+            length = len(group.prompt) + max(map(len, group.responses))
+            if length > self.base.max_length:
+                raise DataError(
+                    f"`{row.id}`: prompt and response have {length} tokens of the reward model's tokenizer; its "
+                    f"context holds {self.base.max_length}. Shorten the prompt, lower ppo.sampling.max_new_tokens, or "
+                    "take a reward.model with a longer context."
+                )
 
     @property
     def scale(self) -> Scale:

@@ -50,7 +50,7 @@ def call_function(
         DataError: the wrong number of scores, or one that is not a finite number.
     """
     scores = _scores(name, function, prompts, responses, **columns)
-    return [_finite(name, index, score) for index, score in enumerate(scores)]
+    return [_finite(name, index, score, columns) for index, score in enumerate(scores)]
 
 
 def call_where_it_applies(
@@ -58,7 +58,7 @@ def call_where_it_applies(
 ) -> list[float | None]:
     """Score responses with a function that may return None for some, as TRL allows; other checks are the same."""
     scores = _scores(name, function, prompts, responses, **columns)
-    return [None if score is None else _finite(name, index, score) for index, score in enumerate(scores)]
+    return [None if score is None else _finite(name, index, score, columns) for index, score in enumerate(scores)]
 
 
 def _scores(
@@ -70,13 +70,16 @@ def _scores(
     return scores
 
 
-def _finite(name: str, index: int, score: Any) -> float:
+def _finite(name: str, index: int, score: Any, columns: dict[str, Any]) -> float:
     try:
         number = float(score)
     except (TypeError, ValueError):
         number = math.nan
     if not math.isfinite(number):
-        raise DataError(f"reward function `{name}`: score {index} is {score}; PPO needs a finite number for each row.")
+        of = f" (of a response to `{columns['id'][index]}`)" if "id" in columns else ""
+        raise DataError(
+            f"reward function `{name}`: score {index}{of} is {score}; PPO needs a finite number for each row."
+        )
     return number
 
 
