@@ -28,18 +28,14 @@ HOW = {
 OWN_COST = {"reward": {"cost": True}}
 
 
-def dear(prompts, completions, **columns):
-    """Count ASCII characters, and those below 64 (digits, punctuation) once more."""
+def plain_characters(prompts, completions, **columns):
+    """Count ASCII characters, those below 64 (digits, punctuation) twice."""
     return [float(sum((ord(char) < 128) + (ord(char) < 64) for char in text)) for text in completions]
-
-
-def below_64(prompts, completions, **columns):
-    return [float(sum(ord(char) < 64 for char in text)) for text in completions]
 
 
 @pytest.fixture
 def functions(monkeypatch):
-    known = {"small_letters": small_letters, "few": few_small_letters, "dear": dear, "below_64": below_64}
+    known = {"small_letters": small_letters, "few": few_small_letters, "plain_characters": plain_characters}
     monkeypatch.setattr("rlaif.stages.judged_reward.find_function", known.__getitem__)
     monkeypatch.setattr("rlaif.stages.constraint.find_function", lambda name, key: known[name])
 
@@ -239,7 +235,7 @@ def test_the_report_draws_the_cost_against_its_threshold_and_lambda():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("how", "name"), [("trunk", "record"), ("adapter", "save"), ("rloo", "save")])
+@pytest.mark.parametrize(("how", "name"), [("trunk", "record"), ("adapter", "save")])
 def test_a_run_cut_off_and_resumed_equals_one_that_was_not_to_the_bit(opened, how, name, monkeypatch):
     limit = {"cost": "reward", "threshold": -0.2, "lambda_lr": 0.1, "episode_cost_window_size": 6}
     settings = {"constraint": limit, "sections": OWN_COST, "updates": 3, **HOW[how]}
@@ -252,3 +248,29 @@ def test_a_run_cut_off_and_resumed_equals_one_that_was_not_to_the_bit(opened, ho
     assert tiny_runs.contents(resumed.stage_folder("ppo")) == tiny_runs.contents(whole.stage_folder("ppo"))
     assert len({row["constraint/lambda"] for row in metrics(whole)}) == 3
     assert counts["last_lambda"] == metrics(whole)[-1]["constraint/lambda"]
+
+
+@pytest.mark.slow
+def test_against_a_known_cost_the_policy_ends_at_the_limit_that_plain_ppo_violates(opened, functions, tmp_path):
+    """Score and cost are one number, so its limit is the best score under it, and lambda is then 1, less the KL."""
+    prompts = tmp_path / "letters.jsonl"
+    rows = [{"id": letter, "prompt": letter, "tag": "letter", "split": "train"} for letter in "abcdefgh"]
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {"reward_function": "plain_characters", "prompts_per_tag": {}, "sampling": {"max_new_tokens": 2}}
+    settings |= {"rollout_batch": 64, "minibatch": 64, "microbatch": 64, "num_ppo_epochs": 4, "critic": "trunk"}
+    settings |= {"learning_rate": 8e-3, "lam": 1.0, "stages": ["ppo"], "sections": {"prompts": [str(prompts)]}}
+    limit = {"function": "plain_characters", "threshold": 2.0, "lambda_init": 0.5, "lambda_lr": 0.5}
+    run = opened("limited", updates=36, constraint=limit | {"episode_cost_window_size": 64}, **settings)
+    ppo.ppo(run)
+    first, last = metrics(run)[0], metrics(run)[-12:]
+    scale = json.loads((run.stage_folder("ppo") / "scale.json").read_text())
+    earned = sum(row["rollout/score"] for row in last) / 12 * scale["scale"] + scale["offset"]
+    assert first["rollout/cost"] < 1.4
+    assert sum(row["rollout/cost"] for row in last) / 12 == pytest.approx(2.0, abs=0.15)
+    assert earned == pytest.approx(2.0, abs=0.15)
+    assert sum(row["constraint/lambda"] for row in last) / 12 == pytest.approx(0.9, abs=0.25)
+    plain = opened("plain", updates=16, **settings)
+    ppo.ppo(plain)
+    scale = json.loads((plain.stage_folder("ppo") / "scale.json").read_text())
+    earned = sum(row["rollout/score"] for row in metrics(plain)[-4:]) / 4 * scale["scale"] + scale["offset"]
+    assert earned > 2.6

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from rlaif.maths.lagrange import Multiplier, combine
+from rlaif.maths.lagrange import Multiplier, combine, combine_whitened
+from rlaif.maths.masking import masked_whiten
 
 FLOAT64 = 1e-12
 
@@ -79,6 +80,20 @@ def test_advantages_are_combined_by_hand_and_at_the_ends():
     assert combine(reward, cost, 1.0).tolist() == pytest.approx([0.25, -3.0, 0.2])  # (1 - 0.5) / 2, ...
     assert torch.equal(combine(reward, cost, 0.0), reward)
     assert combine(reward, cost, 1e6).tolist() == pytest.approx((-cost).tolist(), abs=1e-5)
+
+
+def test_whitened_advantages_are_the_rewards_at_lambda_0_and_rest_where_both_balance():
+    generator = torch.Generator().manual_seed(0)
+    reward, cost = torch.randn(2, 6, 5, generator=generator)
+    mask = torch.arange(5) < torch.tensor([5, 3, 1, 4, 5, 2]).unsqueeze(1)
+    assert torch.equal(combine_whitened(reward, cost, 0.0, mask), masked_whiten(reward, mask))
+    rest = combine_whitened(reward, reward, 1.0, mask)  # by its own deviation it would be rounding at full size
+    assert rest.abs().max().item() == 0.0
+    kept = combine_whitened(reward, reward, 0.5, mask)[mask]  # (1 - 0.5) / (1 + 0.5) of the reward's
+    assert kept.tolist() == pytest.approx((masked_whiten(reward, mask)[mask] / 3).tolist(), abs=1e-6)
+    dear = combine_whitened(reward, 1e4 * cost, 2.0, mask)
+    assert dear[mask].std(correction=0).item() == pytest.approx(1.0, abs=1e-5)
+    assert dear[mask].tolist() == pytest.approx((-masked_whiten(cost, mask)[mask]).tolist(), abs=1e-3)
 
 
 def test_a_bandit_ends_at_its_constrained_optimum_and_the_multiplier_at_the_price_of_the_cost():

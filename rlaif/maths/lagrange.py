@@ -10,7 +10,10 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
+
+from rlaif.maths.masking import WHITEN_EPSILON, weighted_moments, zero_outside
 
 
 def combine(reward: Tensor, cost: Tensor, multiplier: float) -> Tensor:
@@ -19,6 +22,32 @@ def combine(reward: Tensor, cost: Tensor, multiplier: float) -> Tensor:
     The division keeps the size of steps when lambda grows. Lambda 0 returns the reward to the bit.
     """
     return (reward - multiplier * cost) / (1.0 + multiplier)
+
+
+@torch.no_grad()
+def combine_whitened(
+    reward: Tensor, cost: Tensor, multiplier: float, mask: Tensor, weights: Tensor | None = None
+) -> Tensor:
+    """Return combined advantages with mean 0, divided by the larger deviation of theirs and of the reward's.
+
+    Divided by their own alone, what is left where reward and cost balance each other would be noise at full size;
+    divided by the reward's alone, costs would have no bound where rewards no longer differ. Lambda 0 gives the reward's
+    advantages whitened, to the bit.
+
+    Args:
+        reward: advantages, `[B, T]`.
+        cost: the same of the cost, `[B, T]`.
+        multiplier: lambda.
+        mask: `[B, T]`.
+        weights: what rows count in mean and deviations, `[B, 1]`; None: 1 each.
+
+    Returns:
+        `[B, T]`, 0 outside the mask.
+    """
+    combined = combine(reward, cost, multiplier)
+    mean, own = weighted_moments(combined, mask, weights)
+    largest = torch.maximum(weighted_moments(reward, mask, weights)[1], own)
+    return zero_outside((combined - mean) * torch.rsqrt(largest + WHITEN_EPSILON), mask)
 
 
 class Multiplier:

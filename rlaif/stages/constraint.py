@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rlaif.maths.advantages import token_rewards
+from rlaif.maths.advantages import gae, sequence_advantages, token_rewards
 from rlaif.maths.composition import Standard, standard_of, standardize
-from rlaif.maths.lagrange import Multiplier
+from rlaif.maths.lagrange import Multiplier, combine, combine_whitened
 from rlaif.maths.losses import clipped_value_loss
 from rlaif.model.drawn import laid_out, token_states
 from rlaif.model.roles import SharedBase
@@ -115,6 +115,29 @@ class Constraint:
         costs = standardize(self.latest, self._standard)
         tokens = token_rewards(costs, logprobs, ref_logprobs, batch.response_mask, -kl_coef)
         return tokens, torch.zeros_like(tokens) if self._critic == "none" else self._values(batch)
+
+    def estimate(
+        self, rewards: Tensor, values: Tensor, costs: Tensor, cost_values: Tensor, mask: Tensor, weights: Tensor
+    ) -> tuple[Tensor, Cost]:
+        """Return the advantages of reward and cost combined, and what the cost's critic said and is to learn.
+
+        Args:
+            rewards: per token, ``[B, T]``.
+            values: of the reward's critic, ``[B, T]``.
+            costs: per token, ``[B, T]``.
+            cost_values: of the cost's critic, ``[B, T]``.
+            mask: ``[B, T]``.
+            weights: what responses count, ``[B, 1]``.
+        """
+        settings, price = self._settings, self.multiplier.value
+        if self._critic == "none":
+            earned = combine(rewards, costs, price).sum(1)
+            advantages = sequence_advantages(settings.advantage_estimator, earned, mask, settings.samples_per_prompt)
+            return advantages, Cost(cost_values, torch.zeros_like(cost_values))
+        ours = gae(rewards, values, mask, gamma=settings.gamma, lam=settings.lam)
+        theirs = gae(costs, cost_values, mask, gamma=settings.gamma, lam=settings.lam)
+        advantages = combine_whitened(ours.advantages, theirs.advantages, price, mask, weights)
+        return advantages, Cost(cost_values, theirs.returns)
 
     def backward(self, batch: Batch, cost: Cost, states: Tensor, weight: Tensor, weights: Tensor) -> Tensor:
         """Add the gradients of the cost's critic on a microbatch; return its clipped loss, a mean over tokens.

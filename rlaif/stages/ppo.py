@@ -29,7 +29,6 @@ from torch import Tensor
 from rlaif.errors import DataError
 from rlaif.maths.advantages import Advantages, gae, sequence_advantages, token_rewards
 from rlaif.maths.kl import AdaptiveKl, FixedKl, k3
-from rlaif.maths.lagrange import combine
 from rlaif.maths.losses import Aggregation, clipped_policy_loss, clipped_value_loss, explained_variance
 from rlaif.maths.masking import masked_mean, masked_whiten, zero_outside
 from rlaif.model import sampling
@@ -153,12 +152,9 @@ def ppo(run: Run) -> dict[str, Any]:
             advantages, returns = estimate(settings, rewards, values, mask, weights)
             rollout = Rollout(batch, logprobs, ref_logprobs, advantages, values, returns, weights)
             if constraint:
-                costs, cost_values = constraint.assess(
-                    update, rows, responses, own, batch, logprobs, ref_logprobs, price
-                )
-                found = estimate(settings, costs, cost_values, mask, weights)
-                advantages = combine(advantages, found.advantages, constraint.multiplier.value)
-                rollout = rollout._replace(advantages=advantages, cost=Cost(cost_values, found.returns))
+                costs = constraint.assess(update, rows, responses, own, batch, logprobs, ref_logprobs, price)
+                advantages, cost = constraint.estimate(rewards, values, *costs, mask, weights)
+                rollout = rollout._replace(advantages=advantages, cost=cost)
 
             # 6. Update.
             set_learning_rate(optimizer, settings, update)
