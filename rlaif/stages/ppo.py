@@ -37,6 +37,7 @@ from rlaif.records import Prompt
 from rlaif.stages.actors import Actors, assign_roles, calibrate, critic_values, judge_tokens, scale_of, score, use_scale
 from rlaif.stages.checkpoints import CRITIC, POLICY, restore, save
 from rlaif.stages.composite import cost_files, part_figures
+from rlaif.stages.gate import starting_policy
 from rlaif.stages.judged_reward import reward_inputs
 from rlaif.stages.ppo_outputs import finish, record
 from rlaif.stages.ptx import Ptx, ptx_files
@@ -72,6 +73,7 @@ def inputs(run: Run) -> dict[str, str]:
             "reward.calibration": run.stage_folder("reward") / CALIBRATION,
             **cost_files(run),
             **ptx_files(run),
+            **starting_policy(run, NAME).as_input("start"),
         },
         prompts=run.prompts_hash(run.select("train", settings.prompts_per_tag)),
         **reward_inputs(run),
