@@ -139,6 +139,7 @@ def run_stage(run: Run, stage: str) -> None:
     launched = {"processes": run.processes} if run.processes > 1 and stage in processes.TRAIN_TOGETHER else {}
     if launched:
         run.progress.say(f"  training in {run.processes} processes")
+    gate.withdraw(run)
     # A training goes on with as many processes as it began with; once finished it holds for any number.
     _prepare(folder, inputs | {name: str(value) for name, value in launched.items()})
     began = time.monotonic()

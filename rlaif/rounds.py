@@ -5,6 +5,7 @@
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from pydantic import Field
@@ -13,6 +14,7 @@ from rlaif.errors import ConfigError
 from rlaif.sections import Fraction, Positive, Section
 
 ONCE = ("revise", "sft")
+GATE, LABELS = "gate.json", "labels.jsonl"
 OPTIMIZERS = ("ppo", "dpo", "rejection")
 
 
@@ -41,6 +43,16 @@ class Step(NamedTuple):
 def folder_name(number: int) -> str:
     """Return the name of the folder that a later round's stages stand in."""
     return f"round-{number}"
+
+
+def round_folder(run_folder: Path, number: int) -> Path:
+    """Return the folder that a round's stages stand in: the run folder in the first round."""
+    return run_folder if number == 1 else run_folder / folder_name(number)
+
+
+def gates(run_folder: Path, count: int) -> list[Path]:
+    """Return the gate files of the rounds that have ended, from the first."""
+    return [path for k in range(1, count + 1) if (path := round_folder(run_folder, k) / GATE).is_file()]
 
 
 def steps_of(stages: Sequence[str], count: int) -> list[Step]:

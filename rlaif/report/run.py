@@ -26,8 +26,10 @@ from rlaif.report.reading import (
     Quality,
     Results,
     Run,
+    count_of,
     read_run,
 )
+from rlaif.report.rounds import read_rounds
 
 MAX_CHAINS, MAX_QUARANTINED, MAX_ANSWERS = 12, 4, 15
 MAX_SAMPLED_PROMPTS, MAX_SAMPLED_UPDATES = 3, 6
@@ -93,6 +95,7 @@ def _content(run: Run) -> dict[str, Any]:
         "reward_figures": curves.reward_figures(run.reward),
         "ppo_figures": curves.ppo_figures(run.ppo),
         "versions": _versions(run),
+        "rounds": read_rounds(run.folder, count_of(run.recipe)),
         **(_of_evaluation(run.results) if run.results else {}),
         **(_of_labels(run.quality, people=feedback == "mixed") if run.quality else {}),
         **(reward.content(run.reward_evaluation, run.cost_evaluation) if run.reward_evaluation else {}),

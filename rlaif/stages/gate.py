@@ -19,10 +19,10 @@ from rlaif.errors import StageError
 from rlaif.maths import agreement
 from rlaif.model.roles import BASE
 from rlaif.records import read_jsonl
-from rlaif.rounds import OPTIMIZERS, Step
+from rlaif.rounds import GATE, LABELS, OPTIMIZERS, Step, gates, round_folder
 from rlaif.stages.run import Run, path_sha256
 
-GATE, POLICY, KEPT = "gate.json", "policy", "kept"
+POLICY, KEPT = "policy", "kept"
 
 
 class Policy(NamedTuple):
@@ -100,6 +100,29 @@ def newest_policy(run: Run, stage: str) -> Policy:
     return Policy(own[-1], run.round, run.stage_folder(own[-1]) / "policy") if own else kept_policy(run)
 
 
+def shadow(run: Run, real: Path, *, changed: bool) -> None:
+    """Let a rehearsal of a run in another folder find what a later round begins with.
+
+    Args:
+        run: the rehearsal, in the round.
+        real: the folder of the run itself.
+        changed: whether a stage of an earlier round would run. What its gate would keep is not known then; the new
+            policy is supposed.
+    """
+    run.round_folder.mkdir(exist_ok=True)
+    if run.round == 1:
+        return
+    labels = round_folder(real, run.round) / LABELS
+    if labels.is_file():
+        files.write_bytes(run.round_folder / LABELS, labels.read_bytes())
+    last = run.earlier[-1]
+    known = round_folder(real, last.round) / GATE
+    if known.is_file() and not changed:
+        files.write_bytes(last.round_folder / GATE, known.read_bytes())
+    else:
+        files.write_json(last.round_folder / GATE, {"kept": named(last, newest_policy(last, "evaluate"))})
+
+
 # --- the gate -----------------------------------------------------------------------------------------------------
 
 
@@ -113,17 +136,24 @@ def decide(run: Run) -> dict[str, Any]:
         "round": run.round,
         "gate": run.recipe.rounds.gate,
         **measured,
-        "new": _named(run, new),
-        "old": _named(run, old),
-        "kept": _named(run, kept),
+        "new": named(run, new),
+        "old": named(run, old),
+        "kept": named(run, kept),
     }
     path = run.round_folder / GATE
     if not path.is_file() or json.loads(path.read_text(encoding="utf-8")) != result:
         files.write_json(path, result)
-    _publish(run, kept)
+    if gates(run.folder, run.recipe.rounds.count)[-1] == path:
+        _publish(run, kept)
     said = "keeps the new policy" if kept == new else f"keeps the policy of {_place(old)}"
     run.progress.say(f"gate of round {run.round}: {said} ({result['reason']})")
     return result
+
+
+def withdraw(run: Run) -> None:
+    """Remove the gates of this round and of later ones, since a stage of this round is about to run."""
+    for number in range(run.round, run.recipe.rounds.count + 1):
+        (round_folder(run.folder, number) / GATE).unlink(missing_ok=True)
 
 
 def _by_judge(run: Run, new: str, old: str) -> dict[str, Any]:
@@ -154,7 +184,8 @@ def _by_score(run: Run, new: str, old: str) -> dict[str, Any]:
     return {"rule": rule, "reason": reason, "n": len(both), **found, "passes": passes}
 
 
-def _named(run: Run, policy: Policy) -> dict[str, Any]:
+def named(run: Run, policy: Policy) -> dict[str, Any]:
+    """Return a policy as ``gate.json`` names it."""
     place = policy.adapter.relative_to(run.folder).as_posix() if policy.adapter else None
     return {"stage": policy.stage, "round": policy.round, "adapter": place}
 

@@ -22,13 +22,14 @@ from rlaif.documents import shipped
 from rlaif.errors import DataError, StageError
 from rlaif.maths import agreement
 from rlaif.records import Comparison, text_of
+from rlaif.rounds import LABELS
 from rlaif.stages import quality as qualities
 from rlaif.stages import safety
 from rlaif.stages.candidates import NAME, Candidate, Engines, Unused, collect, comparison
 from rlaif.stages.chains import parts, revised_chains
 from rlaif.stages.construction import by_contrast, by_revision
 from rlaif.stages.gate import kept_policy
-from rlaif.stages.people import LABELS, pairs_for_people, people_labels
+from rlaif.stages.people import pairs_for_people, people_labels
 from rlaif.stages.run import Run, reconciled, templates
 from rlaif.stages.verdicts import NO_ANSWER
 from rlaif.stages.votes import Ballot, Panel, asked, cast, panel_of, swap_test

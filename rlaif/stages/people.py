@@ -14,10 +14,11 @@ from rlaif.human.contradictions import mark
 from rlaif.human.importers import Labelled
 from rlaif.human.labels import read_comparisons, read_labels
 from rlaif.records import Comparison, Messages, Ranking, Rating, text_of, with_system
+from rlaif.rounds import LABELS
 from rlaif.stages.candidates import Candidate, Engines, Unused, collect, origin_of_round
 from rlaif.stages.run import Run
 
-PAIRS, LABELS = "pairs.jsonl", "labels.jsonl"
+PAIRS = "pairs.jsonl"
 Key = tuple[str, frozenset[str]]
 
 

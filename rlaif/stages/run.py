@@ -28,7 +28,7 @@ from rlaif.prompt_sets import PromptSet, read_prompts, refuse_leaks
 from rlaif.prompting import Template, load_template
 from rlaif.recipe import ENGINE_KEYS, FOLDERS, Loaded, PromptFile, Recipe
 from rlaif.records import Prompt, Split, with_system
-from rlaif.rounds import ONCE, folder_name
+from rlaif.rounds import ONCE, folder_name, round_folder
 
 # Keys that decide whether or how a stage goes on, never what it writes: changing one repeats no work.
 _NOT_DETERMINING = {
@@ -144,7 +144,7 @@ class Run:
     @property
     def round_folder(self) -> Path:
         """The folder that this round's stages stand in: the run folder in the first round."""
-        return self.folder if self.round == 1 else self.folder / folder_name(self.round)
+        return round_folder(self.folder, self.round)
 
     def stage_folder(self, stage: str) -> Path:
         """Return a stage's folder, such as ``1-revise``; stages that a recipe may do without have the last numbers."""
