@@ -158,10 +158,9 @@ def plan(loaded: Loaded, *, first: str | None = None, last: str | None = None) -
         reads = any(one.stage in _TRAINED or any(question.options for question in one.missing) for one in work)
         if (work and speed.written is None) or (reads and speed.read is None):
             speed = _calibrated(run, speed)
-        for one in plans:
-            if one.reasons:
-                place = run.in_round(one.round).stage_folder(one.stage).relative_to(run.folder)
-                _estimate(run.in_round(one.round), one, journal.read_manifest(real / place), lengths, speed)
+        for one in (one for one in plans if one.reasons):
+            place = run.in_round(one.round).stage_folder(one.stage).relative_to(run.folder)
+            _estimate(run.in_round(one.round), one, journal.read_manifest(real / place), lengths, speed)
     return plans
 
 

@@ -50,6 +50,14 @@ def round_folder(run_folder: Path, number: int) -> Path:
     return run_folder if number == 1 else run_folder / folder_name(number)
 
 
+def newest_of(run_folder: Path, stage_folder: str) -> Path:
+    """Return a stage's folder, such as ``4-reward``, in the last round that has finished it; else in the first."""
+    found, number = run_folder / stage_folder, 2
+    while ((later := round_folder(run_folder, number)) / stage_folder / "manifest.json").is_file():
+        found, number = later / stage_folder, number + 1
+    return found
+
+
 def gates(run_folder: Path, count: int) -> list[Path]:
     """Return the gate files of the rounds that have ended, from the first."""
     return [path for k in range(1, count + 1) if (path := round_folder(run_folder, k) / GATE).is_file()]
