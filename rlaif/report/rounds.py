@@ -6,7 +6,7 @@ from pathlib import Path
 from rlaif.recipe import FOLDERS
 from rlaif.report.labels import Part, Rate
 from rlaif.report.reading import Manifest, folder_of, newest_round, read_object
-from rlaif.report.wording import policy_name, rate
+from rlaif.report.wording import NONE, count, policy_name, rate
 from rlaif.rounds import GATE, OPTIMIZERS, round_folder
 
 
@@ -53,10 +53,15 @@ class Round:
     heldout_accuracy: float | None
     new_pairs_right_before: float | None
     new_pairs_right: float | None
-    trained: list[str]
     score: float | None
     kl: float | None
     gate: Gate | None
+
+    @property
+    def labels(self) -> str:
+        """How many comparisons the round has, and how many of earlier rounds it learned again."""
+        own = NONE if self.comparisons is None else count(self.comparisons)
+        return f"{own} + {count(self.replayed)}" if self.replayed else own
 
     @property
     def kept(self) -> str:
@@ -68,14 +73,14 @@ class Round:
         return f"{whose}, the {'new' if kept == self.gate.new else 'old'} one"
 
 
-def read_rounds(run_folder: Path, count: int) -> list[Round]:
+def read_rounds(run_folder: Path, last: int) -> list[Round]:
     """Return the rounds up to the newest; none of a run that has a single one.
 
     Raises:
         DataError: a file of a round is damaged.
     """
     found = []
-    for number in range(1, newest_round(run_folder, count) + 1 if count > 1 else 1):
+    for number in range(1, newest_round(run_folder, last) + 1 if last > 1 else 1):
         places = {stage: folder_of(run_folder, stage, number) / "manifest.json" for stage in FOLDERS}
         counts = {stage: read_object(path, Manifest).counts for stage, path in places.items() if path.is_file()}
         label, reward, ppo = (counts.get(stage, {}) for stage in ("label", "reward", "ppo"))
@@ -88,7 +93,6 @@ def read_rounds(run_folder: Path, count: int) -> list[Round]:
                 reward.get("heldout_accuracy"),
                 reward.get("new_pairs_right_before"),
                 reward.get("new_pairs_right"),
-                [stage for stage in OPTIMIZERS if stage in counts],
                 ppo.get("last_score"),
                 ppo.get("last_kl_to_reference"),
                 read_object(gate, Gate) if gate.is_file() else None,
