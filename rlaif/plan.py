@@ -5,8 +5,8 @@ where an answer is missing a stand-in answers with a text that no question has m
 a missing answer is missing as well, and the count is exact as far as answers are known. Training is not rehearsed;
 what depends on an adapter that would be trained counts as to be asked. Nothing is written and no stage runs.
 
-Times are estimates: from the speed of earlier answers in the journal and the last run of a stage where there are any,
-else from a few seconds of generation on the model.
+Times are estimates: from the speed of earlier answers in the journal and a stage's last run where there are any, else
+from a few seconds of generation on the model.
 """
 
 import importlib
@@ -15,18 +15,20 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from rlaif import journal
 from rlaif.engines.engine import Answer, Answered, Engine, Question, request_hash
-from rlaif.errors import ConfigError, RlaifError
+from rlaif.errors import RlaifError
 from rlaif.journal import Journal, Manifest
 from rlaif.pipeline import journal_copy, peak_memory_gib
 from rlaif.progress import Progress
 from rlaif.recipe import Loaded
 from rlaif.records import read_jsonl
+from rlaif.rounds import Step, chosen, steps_of
+from rlaif.stages import gate
 from rlaif.stages.run import Run
 
 _ASKING = ("revise", "label", "rejection", "evaluate")
@@ -51,6 +53,7 @@ class StagePlan:
 
     stage: str
     reasons: list[str]  # why it runs; none where it is up to date
+    round: int = 1
     waves: list[Wave] = field(default_factory=list)
     steps: int | None = None  # of training
     new_tokens: int = 0
@@ -142,38 +145,39 @@ def plan(loaded: Loaded, *, first: str | None = None, last: str | None = None) -
     Raises:
         RlaifError: what would stop the run before its first answer, such as a broken prompt file.
     """
-    stages: list[str] = list(loaded.recipe.stages)
-    for option in (first, last):
-        if option is not None and option not in stages:
-            raise ConfigError(f"{loaded.path}: has no stage `{option}`; its stages: {', '.join(stages)}.")
-    real = loaded.recipe.folder()
-    label = loaded.recipe.label.model_copy(
-        update={"allow_weak_judge": True, "swap_tolerance": 2.0}
-    )  # a stand-in judges at random
-    rehearsed = loaded.model_copy(update={"recipe": loaded.recipe.model_copy(update={"label": label})})
+    recipe = loaded.recipe
+    steps, again = chosen(steps_of(recipe.stages, recipe.rounds.count), loaded.path, first, last)
+    real = recipe.folder()
     with journal_copy(real) as book, tempfile.TemporaryDirectory() as shadow:
         speed, lengths = _measured(book), _lengths(book)  # before stand-ins' answers are among them
-        run = Rehearsal(rehearsed, Path(shadow), book, Progress(quiet=True))
+        run = Rehearsal(loaded, Path(shadow), book, Progress(quiet=True))
         plans: list[StagePlan] = []
-        for stage in stages[: stages.index(last) + 1] if last else stages:
-            forced = first is not None and stages.index(stage) >= stages.index(first)
-            plans.append(_of_stage(run, real, stage, forced, plans))
+        for step in steps:
+            plans.append(_of_stage(run.in_round(step.round), real, step, step in again, plans))
         work = [one for one in plans if one.reasons and (one.missing or one.stage in _TRAINED)]
         reads = any(one.stage in _TRAINED or any(question.options for question in one.missing) for one in work)
         if (work and speed.written is None) or (reads and speed.read is None):
             speed = _calibrated(run, speed)
-        for one in plans:
-            if one.reasons:
-                _estimate(run, one, journal.read_manifest(real / run.stage_folder(one.stage).name), lengths, speed)
+        for one in (one for one in plans if one.reasons):
+            place = run.in_round(one.round).stage_folder(one.stage).relative_to(run.folder)
+            _estimate(run.in_round(one.round), one, journal.read_manifest(real / place), lengths, speed)
     return plans
 
 
-def _of_stage(run: Rehearsal, real: Path, stage: str, forced: bool, before: list[StagePlan]) -> StagePlan:
+def _lenient(loaded: Loaded) -> Loaded:
+    """Return a recipe that no judge is too weak for: a stand-in judges at random."""
+    label = loaded.recipe.label.model_copy(update={"allow_weak_judge": True, "swap_tolerance": 2.0})
+    return loaded.model_copy(update={"recipe": loaded.recipe.model_copy(update={"label": label})})
+
+
+def _of_stage(run: Run, real: Path, step: Step, forced: bool, before: list[StagePlan]) -> StagePlan:
     """Find out whether a stage would run, and rehearse it where it would."""
+    stage = step.stage
     module = importlib.import_module(f"rlaif.stages.{stage}")
-    folder = real / run.stage_folder(stage).name
+    folder = real / run.stage_folder(stage).relative_to(run.folder)
+    gate.shadow(run, real, changed=any(one.reasons and one.round < run.round for one in before))
     reasons = ["--from"] if forced else journal.broken(folder, module.inputs(run))
-    found = StagePlan(stage, reasons)
+    found = StagePlan(stage, reasons, step.round)
     if not reasons:
         run.stage_folder(stage).symlink_to(folder.resolve())
         return found
@@ -190,7 +194,7 @@ def _of_stage(run: Rehearsal, real: Path, stage: str, forced: bool, before: list
     run.journal.stand_in = stand_in
     rehearse: Callable[[Run], Any] = module.rehearse if hasattr(module, "rehearse") else getattr(module, stage)
     try:
-        rehearse(run)
+        rehearse(replace(run, loaded=_lenient(run.loaded)))
     except RlaifError as problem:
         if not any(one.missing for one in [*before, found]):  # else the stand-in's answers may have led to it
             found.note = f"would stop: {problem}"
@@ -308,9 +312,9 @@ def as_lines(plans: Sequence[StagePlan]) -> Iterator[str]:
     """Write a plan for people."""
     for number, one in enumerate(plans, start=1):
         if not one.reasons:
-            yield f"{number}. {one.stage}: up to date"
+            yield f"{number}. {Step(one.round, one.stage)}: up to date"
             continue
-        yield f"{number}. {one.stage}: would run ({'; '.join(one.reasons)})"
+        yield f"{number}. {Step(one.round, one.stage)}: would run ({'; '.join(one.reasons)})"
         for wave in one.waves:
             yield f"     {wave.title}: {len(wave.missing)} of {wave.asked} answers to ask for"
         if one.waves:
@@ -337,7 +341,7 @@ def _duration(seconds: float) -> str:
 
 def as_json(plans: Sequence[StagePlan]) -> str:
     """Write a plan for programs."""
-    keys = ("stage", "reasons", "steps", "new_tokens", "read_tokens", "seconds", "memory_gib", "basis", "note")
+    keys = ("stage", "round", "reasons", "steps", "new_tokens", "read_tokens", "seconds", "memory_gib", "basis", "note")
     rows = [
         {key: getattr(one, key) for key in keys}
         | {"waves": [vars(wave) | {"missing": [q.item_id for q in wave.missing]} for wave in one.waves]}

@@ -20,6 +20,7 @@ from rlaif.policy_sections import DpoSection, RejectionSection
 from rlaif.policy_sections import SftSection as SftSection
 from rlaif.ppo_section import PpoSection as PpoSection
 from rlaif.reward_parts import OWN_STAGE, find_cost_stage
+from rlaif.rounds import OPTIMIZERS, RoundsSection, number_is_enough
 from rlaif.sections import Combination as Combination
 from rlaif.sections import EvaluateSection as EvaluateSection
 from rlaif.sections import Fraction, Positive, Section
@@ -124,6 +125,7 @@ class Recipe(Section):
     system_prompt: str | None = Field(None, min_length=1, description="system turn of prompts that bring none")
     feedback: Literal["ai", "human", "mixed"] = "ai"
     stages: list[Stage] = Field(list(STAGES), min_length=1)
+    rounds: RoundsSection = RoundsSection()
     engines: dict[str, Endpoint] = Field({}, description="servers that may answer, by name")
     ray: RaySection = RaySection()
     revise: ReviseSection = ReviseSection()
@@ -141,6 +143,11 @@ class Recipe(Section):
     def _name_is_enough(cls, value: Any) -> Any:
         return {"model_name_or_path": value} if isinstance(value, str) else value
 
+    @field_validator("rounds", mode="before")
+    @classmethod
+    def _number_is_enough(cls, value: Any) -> Any:
+        return number_is_enough(value)
+
     @field_validator("engines")
     @classmethod
     def _named(cls, engines: dict[str, Endpoint]) -> dict[str, Endpoint]:
@@ -152,8 +159,12 @@ class Recipe(Section):
     @field_validator("stages")
     @classmethod
     def _in_order(cls, stages: list[Stage]) -> list[Stage]:
-        if len(set(stages)) < len(stages) or stages != sorted(stages, key=ORDER.index):
-            raise ValueError(f"stages run in this order, each once: {', '.join(ORDER)}")
+        early = "ppo" in stages[1:] and stages[stages.index("ppo") - 1] == "rejection"  # Llama 2: PPO on top of it
+        listed = [stage for stage in stages if not (early and stage == "rejection")]
+        if len(set(stages)) < len(stages) or listed != sorted(listed, key=ORDER.index):
+            raise ValueError(
+                f"stages run in this order, each once: {', '.join(ORDER)}; `rejection` may stand just before `ppo`"
+            )
         return stages
 
     @model_validator(mode="after")
@@ -178,7 +189,29 @@ class Recipe(Section):
             raise ValueError("label.method `revision` needs the stage `revise` before it")
         if "label" in self.stages and self.feedback != "human" and self.label.method == "judge":
             self._candidates()
+        if self.rounds.count > 1:
+            self._can_be_repeated()
         return self
+
+    def _can_be_repeated(self) -> None:
+        """Refuse rounds that could not learn anything new, or not tell whether they had."""
+        said = f"rounds is {self.rounds.count}"
+        if not set(OPTIMIZERS) & set(self.stages):
+            raise ValueError(f"{said}, and no stage trains a policy in each; add one of: {', '.join(OPTIMIZERS)}")
+        if "evaluate" not in self.stages:
+            raise ValueError(f"{said}, and the gate at the end of each needs the stage `evaluate`; add it")
+        if self.rounds.gate == "judge" and not self.evaluate.judge_prompts_per_tag:
+            raise ValueError(
+                "rounds.gate is `judge`, and evaluate.judge_prompts_per_tag is 0; raise it, or let the gate be `score`"
+            )
+        scored = "reward" in self.stages or ("ppo" in self.stages and (self.ppo.reward_function or self.ppo.rewards))
+        if self.rounds.gate == "score" and not scored:
+            raise ValueError("rounds.gate is `score`, and the recipe has no reward to score with; let it be `judge`")
+        if "label" in self.stages and self.label.candidates in ("policies", "file"):
+            raise ValueError(
+                f"{said}, and label.candidates is `{self.label.candidates}`, whose pairs are the same in each; "
+                "`samples` or `revision` is expected"
+            )
 
     def _rewards(self) -> None:
         """Refuse a reward from a stage that the recipe does not have."""

@@ -33,7 +33,7 @@ PLAIN = {
     "prompting",
     "transcripts",
     "prompt_sets",
-    *("recipe", "policy_sections", "ppo_section", "health", "reward_parts", "sections"),
+    *("recipe", "policy_sections", "ppo_section", "health", "reward_parts", "rounds", "sections"),
     "steering",
     "filters",
     "sameness",

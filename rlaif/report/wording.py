@@ -16,8 +16,15 @@ from rlaif.report.labels import Mean, Quality, Rate, Safety
 from rlaif.report.reading import Difference, Metrics, Results, WinRate
 
 NONE = "\u2013"
-SHORT_POLICIES = {"base": "base", "sft": "SFT", "ppo": "PPO", "dpo": "DPO", "rejection": "rejection sampling"}
-POLICIES = SHORT_POLICIES | {"base": "the base model"}
+SHORT_POLICIES = {
+    "base": "base",
+    "sft": "SFT",
+    "kept": "kept before",
+    "ppo": "PPO",
+    "dpo": "DPO",
+    "rejection": "rejection sampling",
+}
+POLICIES = SHORT_POLICIES | {"base": "the base model", "kept": "the policy kept before"}
 TAGS = {"lookalike": "look-alike"}
 RULES = {
     "longer": "the longer one",

@@ -17,6 +17,7 @@ from rlaif.records import Prompt
 from rlaif.stages.checkpoints import COST_CRITIC, CRITIC, POLICY
 from rlaif.stages.composite import Composite, Scored, cost_stage, needs_reward_model
 from rlaif.stages.constraint import Constraint
+from rlaif.stages.gate import first_policy, starting_policy
 from rlaif.stages.independent import independent_of, needs_model, optimized
 from rlaif.stages.judged_reward import reward_function
 from rlaif.stages.reward_model import COST, RewardModel, read_calibration
@@ -71,10 +72,9 @@ def assign_roles(run: Run) -> Actors:
     settings = run.recipe.ppo
     base = run.load_base()
     has_sft = "sft" in run.recipe.stages
-    adapter = run.output("sft", "adapter") if has_sft else None
-    base.add_role(POLICY, trainable=True, adapter=adapter)
+    base.add_role(POLICY, trainable=True, adapter=starting_policy(run, "ppo").found(run))
     if has_sft:
-        base.add_role(REFERENCE, adapter=adapter)
+        base.add_role(REFERENCE, adapter=first_policy(run).found(run))
     actors = Actors(base, settings, REFERENCE if has_sft else BASE, which_critic(base, settings), None)
     whole = reward_model(run, base) if needs_reward_model(run) or needs_model(run) else None
     actors.independent = independent_of(run, base, whole)
@@ -166,7 +166,8 @@ def refuse_weak_reward(run: Run, measured: dict[str, Any], stage: str = "ppo") -
         return
     raise StageError(
         f"{stage}: {found}. Optimization would follow its mistakes. Label more pairs of that kind, train longer, look "
-        "at the pairs in 3-label/comparisons.jsonl; or set reward.allow_weak_reward: true."
+        f"at the pairs in {run.stage_folder('label').relative_to(run.folder)}/comparisons.jsonl; or set "
+        "reward.allow_weak_reward: true."
     )
 
 
@@ -185,11 +186,12 @@ def score(actors: Actors, rows: list[Prompt], responses: list[str], batch: Batch
 
 
 def calibrate(actors: Actors, raw: Tensor) -> None:
-    """Settle the shift and scale of scores by the first rollout, which the reference itself has written.
+    """Settle the shift and scale of scores by the first rollout, written by the policy as it starts.
 
-    The shift makes the reference's responses average 0 (Stiennon et al. 2020, arXiv 2009.01325): a critic that starts
-    at 0 is right about them, where an unshifted score would pull all late tokens the same way. Scores of a function or
-    of several parts are also brought to unit standard deviation; a reward model alone brings its own scale.
+    That is the reference in the first round. The shift makes its responses average 0 (Stiennon et al. 2020, arXiv
+    2009.01325): a critic that starts at 0 is right about them, where an unshifted score would pull all late tokens the
+    same way. Scores of a function or of several parts are also brought to unit standard deviation; a reward model alone
+    brings its own scale.
     """
     actors.offset, spread = standard_of(raw)
     if actors.model is None:

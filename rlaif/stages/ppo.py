@@ -42,6 +42,7 @@ from rlaif.stages.checkpoints import COST_CRITIC, CRITIC, POLICY, restore, save
 from rlaif.stages.composite import cost_files, part_figures
 from rlaif.stages.constraint import Cost, constraint_inputs
 from rlaif.stages.exploration import draw, exploration_figures, policy_draws, weights_of
+from rlaif.stages.gate import starting_policy
 from rlaif.stages.independent import independent_figures, independent_inputs
 from rlaif.stages.judged_reward import reward_inputs
 from rlaif.stages.ppo_outputs import finish, record
@@ -84,6 +85,7 @@ def inputs(run: Run) -> dict[str, str]:
             "reward.calibration": run.stage_folder("reward") / CALIBRATION,
             **cost_files(run),
             **ptx_files(run),
+            **starting_policy(run, NAME).as_input("start"),
         },
         prompts=run.prompts_hash(run.select("train", settings.prompts_per_tag)),
         **reward_inputs(run),

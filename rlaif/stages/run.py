@@ -3,7 +3,7 @@
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -28,6 +28,7 @@ from rlaif.prompt_sets import PromptSet, read_prompts, refuse_leaks
 from rlaif.prompting import Template, load_template
 from rlaif.recipe import ENGINE_KEYS, FOLDERS, Loaded, PromptFile, Recipe
 from rlaif.records import Prompt, Split, with_system
+from rlaif.rounds import ONCE, folder_name, round_folder
 
 # Keys that decide whether or how a stage goes on, never what it writes: changing one repeats no work.
 _NOT_DETERMINING = {
@@ -51,12 +52,13 @@ _LATER = {"critic", "final_entropy_coef", "final_temperature", "reference_share"
 
 @dataclass
 class Run:
-    """One run: its recipe, folder, journal and progress."""
+    """One run in one of its rounds: its recipe, folder, journal and progress."""
 
     loaded: Loaded
     folder: Path
     journal: Journal
     progress: Progress
+    round: int = 1
     fetches: ClassVar[bool] = True  # whether what is not on this machine may be fetched
 
     @property
@@ -133,9 +135,24 @@ class Run:
             category="" if tag else prompt.category,
         )
 
+    def in_round(self, number: int) -> "Run":
+        """Return the same run in another round."""
+        return self if number == self.round else replace(self, round=number)
+
+    @property
+    def earlier(self) -> "list[Run]":
+        """The same run in each round before this one, from the first."""
+        return [self.in_round(number) for number in range(1, self.round)]
+
+    @property
+    def round_folder(self) -> Path:
+        """The folder that this round's stages stand in: the run folder in the first round."""
+        return round_folder(self.folder, self.round)
+
     def stage_folder(self, stage: str) -> Path:
         """Return a stage's folder, such as ``1-revise``; stages that a recipe may do without have the last numbers."""
-        return self.folder / f"{FOLDERS.index(stage) + 1}-{stage}"
+        parent = self.folder if stage in ONCE else self.round_folder
+        return parent / f"{FOLDERS.index(stage) + 1}-{stage}"
 
     def output(self, stage: str, name: str) -> Path:
         """Return a file or folder that an earlier stage wrote.
@@ -145,7 +162,10 @@ class Run:
         """
         path = self.stage_folder(stage) / name
         if not path.exists():
-            raise StageError(f"{path}: not there yet. Run the stage `{stage}` first: rlaif {stage} {self.loaded.path}")
+            option = "" if self.round == 1 or stage in ONCE else f" --round {self.round}"
+            raise StageError(
+                f"{path}: not there yet. Run the stage `{stage}` first: rlaif {stage} {self.loaded.path}{option}"
+            )
         return path
 
     def has_output(self, stage: str) -> bool:
@@ -241,8 +261,9 @@ class Run:
         return self.recipe.engines[name]
 
     def seed(self, *parts: str | int) -> int:
-        """Return a seed that depends on the run's seed and on what it is for, and on nothing else."""
-        digest = hashlib.sha256(repr((self.recipe.seed, *parts)).encode()).digest()
+        """Return a seed that depends on the run's seed, on the round, on what it is for, and on nothing else."""
+        later = () if self.round == 1 else (folder_name(self.round),)
+        digest = hashlib.sha256(repr((self.recipe.seed, *later, *parts)).encode()).digest()
         return int.from_bytes(digest[:8], "big") >> 1
 
     # --- what a stage's result depends on ---------------------------------------------------------------------
