@@ -13,6 +13,7 @@ from rlaif.model.roles import BASE, SharedBase
 from rlaif.model.sampling import Batch, in_microbatches
 from rlaif.recipe import PpoSection
 from rlaif.records import Prompt
+from rlaif.stages import shares
 from rlaif.stages.checkpoints import CRITIC, POLICY
 from rlaif.stages.composite import Composite, Scored, needs_reward_model
 from rlaif.stages.judged_reward import reward_function
@@ -174,6 +175,7 @@ def use_scale(actors: Actors, scale: dict[str, Any]) -> None:
 
 
 @torch.no_grad()
+@shares.by_rows
 def judge_tokens(actors: Actors, role: str, batch: Batch) -> tuple[Tensor, Tensor]:
     """Return the response tokens' log-probabilities and, for the policy, the critic's values or 0, ``[B, T]``."""
     base = actors.base

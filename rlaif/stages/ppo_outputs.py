@@ -7,6 +7,7 @@ from torch import Tensor
 
 from rlaif import files
 from rlaif.records import read_jsonl
+from rlaif.stages import shares
 from rlaif.stages.actors import Actors, scale_of
 from rlaif.stages.cards import write_policy_card
 from rlaif.stages.checkpoints import CRITIC, POLICY, SAMPLES, STAGE
@@ -21,6 +22,8 @@ def record(
     run: Run, actors: Actors, update: int, figures: dict[str, float], rows: list[Any], parts: dict[str, Tensor]
 ) -> None:
     """Append the figures of an update and a few of its responses to the stage's files."""
+    if not shares.leads():
+        return
     folder = run.stage_folder(STAGE)
     files.append_jsonl(folder / METRICS, {"step": update + 1, "update": update + 1, **figures})
     if update % actors.settings.sample_every_updates:
@@ -42,6 +45,8 @@ def record(
 
 def finish(run: Run, actors: Actors) -> dict[str, Any]:
     """Write the trained roles; return the counts for the manifest."""
+    if not shares.leads():
+        return {}
     folder = run.stage_folder(STAGE)
     files.write_json(folder / SCALE, scale_of(actors))
     actors.base.save_role(POLICY, folder / "policy")
