@@ -168,6 +168,20 @@ def chat(
 
 
 @app.command()
+def export(
+    engine: Annotated[str, typer.Argument(help="verl or openrlhf.", show_default=False)],
+    folder: RunArgument,
+    output: Annotated[
+        Path | None, typer.Argument(help="Where to write; else export-ENGINE in the run folder.", show_default=False)
+    ] = None,
+) -> None:
+    """Write a run's PPO for verl or OpenRLHF: prompts, reward scorer and settings."""
+    from rlaif.export import export as write
+
+    typer.echo(str(write(engine, folder, output) / "run.sh"))
+
+
+@app.command()
 def env(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
     """Print versions and hardware, for a bug report."""
     from rlaif.environment import describe

@@ -40,7 +40,7 @@ PLAIN = {
     *("files", "journal", "launch", "progress"),
 }
 TOP = {"report", "pipeline", "trace", "tree", "plan", "chat", "environment", "induce", "judging", "scoring"}
-TOP |= {"reward_server", "reward_service"}
+TOP |= {"reward_server", "reward_service", "export", "export_settings", "verl_reward"}
 COMMANDS = {"__main__", "cli", "constitution_cli", "reward_cli"}
 ALLOWED = {
     "plain": set(),

@@ -14,6 +14,7 @@ from rlaif.model.roles import BASE, SharedBase
 from rlaif.model.sampling import Batch, in_microbatches
 from rlaif.recipe import PpoSection
 from rlaif.records import Prompt
+from rlaif.stages import shares
 from rlaif.stages.checkpoints import COST_CRITIC, CRITIC, POLICY
 from rlaif.stages.composite import Composite, Scored, cost_stage, needs_reward_model
 from rlaif.stages.constraint import Constraint
@@ -219,6 +220,7 @@ def use_scale(actors: Actors, scale: dict[str, Any]) -> None:
 
 
 @torch.no_grad()
+@shares.by_rows
 def judge_tokens(actors: Actors, role: str, batch: Batch) -> tuple[Tensor, Tensor]:
     """Return the response tokens' log-probabilities and, for the policy, the critic's values or 0, ``[B, T]``.
 

@@ -16,6 +16,7 @@ from rlaif import files
 from rlaif.maths.kl import AdaptiveKl, FixedKl
 from rlaif.model.roles import SharedBase
 from rlaif.records import read_jsonl
+from rlaif.stages import shares
 from rlaif.stages.run import Run
 from rlaif.stages.training import CHECKPOINTS, close_checkpoint, resume_point, step_of
 
@@ -46,6 +47,8 @@ def save(
     constraint: Stateful | None = None,
 ) -> None:
     """Write a checkpoint after an update and drop all but the newest two."""
+    if not shares.leads():
+        return
     parent = run.stage_folder(STAGE) / CHECKPOINTS
     tensors: dict[str, Tensor] = {}
     for role in (POLICY, CRITIC, COST_CRITIC):
@@ -69,14 +72,12 @@ def restore(
 ) -> tuple[int, dict[str, Any]]:
     """Load the newest complete checkpoint, if there is one; return how many updates are done and the reward's scale."""
     folder = run.stage_folder(STAGE)
-    checkpoint = resume_point(run, folder)
-    samples = folder / SAMPLES
-    kept: list[dict[str, Any]] = []
-    if checkpoint and samples.exists():
-        files.repair_jsonl(samples)
-        step = step_of(checkpoint)
-        kept = [row for _, row in read_jsonl(samples) if row["step"] <= step]
-    files.write_jsonl(samples, kept)
+    if shares.leads():
+        checkpoint = resume_point(run, folder)
+        _cut_samples(folder / SAMPLES, step_of(checkpoint))
+    else:  # the first process has cleared away what is not complete
+        newest = files.newest_complete(folder / CHECKPOINTS, "checkpoint-*")
+        checkpoint = str(newest) if newest else None
     if checkpoint is None:
         return 0, {}
     tensors = load_file(Path(checkpoint) / "state.safetensors", device=str(base.device))
@@ -92,3 +93,11 @@ def restore(
     if constraint:
         constraint.load_state_dict(counters["constraint"])
     return int(counters["update"]), counters["scale"]
+
+
+def _cut_samples(samples: Path, step: int) -> None:
+    """Keep the samples up to a step."""
+    if step and samples.exists():
+        files.repair_jsonl(samples)
+    kept = [row for _, row in read_jsonl(samples) if row["step"] <= step] if step and samples.exists() else []
+    files.write_jsonl(samples, kept)

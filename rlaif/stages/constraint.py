@@ -24,6 +24,7 @@ from rlaif.model.drawn import laid_out, token_states
 from rlaif.model.roles import SharedBase
 from rlaif.model.sampling import Batch, in_microbatches
 from rlaif.records import Prompt
+from rlaif.stages import shares
 from rlaif.stages.checkpoints import COST_CRITIC, POLICY
 from rlaif.stages.composite import load_cost
 from rlaif.stages.reward_model import RewardModel
@@ -184,6 +185,7 @@ class Constraint:
         found = call_function(self._name, self._function, [row.prompt for row in rows], responses, **columns)
         return torch.tensor(found, device=batch.ids.device)
 
+    @shares.by_rows
     def _values(self, batch: Batch) -> Tensor:
         """Return the cost expected before each response token, ``[B, T]``, by a pass of its own."""
         role, values = POLICY if self._critic == "trunk" else COST_CRITIC, []

@@ -15,6 +15,7 @@ from torch import Tensor
 from rlaif.maths.losses import mixture_weights
 from rlaif.model import sampling
 from rlaif.recipe import PpoSection
+from rlaif.stages import shares
 from rlaif.stages.actors import Actors
 from rlaif.stages.checkpoints import POLICY, STAGE
 from rlaif.stages.run import Run
@@ -36,7 +37,7 @@ def draw(run: Run, actors: Actors, ids: Sequence[Sequence[int]], own: Tensor) ->
         if not places:
             continue
         with actors.base.acting_as(role):
-            samples = sampling.sample(
+            samples = shares.sample(
                 actors.base,
                 [ids[row] for row in places],
                 max_new_tokens=settings.max_new_tokens,

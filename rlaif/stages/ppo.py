@@ -37,6 +37,7 @@ from rlaif.model.roles import SharedBase
 from rlaif.model.sampling import Batch
 from rlaif.recipe import PpoSection
 from rlaif.records import Prompt
+from rlaif.stages import shares
 from rlaif.stages.actors import Actors, assign_roles, calibrate, critic_values, judge_tokens, scale_of, score, use_scale
 from rlaif.stages.checkpoints import COST_CRITIC, CRITIC, POLICY, restore, save
 from rlaif.stages.composite import cost_files, part_figures
@@ -94,6 +95,7 @@ def inputs(run: Run) -> dict[str, str]:
     )
 
 
+@shares.shared(NAME)
 def ppo(run: Run) -> dict[str, Any]:
     """Run the stage; return the counts for its manifest."""
     settings = run.recipe.ppo
@@ -111,7 +113,7 @@ def ppo(run: Run) -> dict[str, Any]:
     kl = AdaptiveKl(settings.kl_coef, settings.kl_target) if settings.kl_target else FixedKl(settings.kl_coef)
     ptx = Ptx.load(run, base)
     constraint = actors.constraint
-    done, scale = restore(run, base, optimizer, kl, constraint)
+    done, scale = shares.first_then_others(lambda: restore(run, base, optimizer, kl, constraint))
     if scale:
         use_scale(actors, scale)
     watch = Watch(run)
@@ -269,8 +271,8 @@ def optimize(
             minibatch = rollout.rows(order[start : start + settings.minibatch].to(actors.base.device))
             whole = minibatch.batch.response_mask
             optimizer.zero_grad(set_to_none=True)
-            for first in range(0, settings.minibatch, settings.microbatch):
-                part = minibatch.rows(torch.arange(first, min(first + settings.microbatch, settings.minibatch)))
+            for rows in torch.split(shares.own_rows(settings.minibatch), settings.microbatch):
+                part = minibatch.rows(rows)
                 mask = part.batch.response_mask
                 tokens, share = mask.sum() / whole.sum(), aggregation.share(mask, whole)
                 for key, value in backward(actors, part, tokens, share, aggregation, kl_coef).items():
@@ -279,17 +281,18 @@ def optimize(
             if ptx:
                 loss = ptx.backward(run.seed(NAME, update, "ptx", steps), settings)
                 totals["ptx/loss"] = totals.get("ptx/loss", 0.0) + loss
+            shares.add_gradients(trainable)
             for role, parameters in trainable.items():
                 norm = torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm).item()
                 key = {POLICY: "policy", CRITIC: "value", COST_CRITIC: "cost_value"}[role] + "/gradient_norm"
                 refuse_gradient(update, key, norm)
-                totals[key] = totals.get(key, 0.0) + norm
+                totals[key] = totals.get(key, 0.0) + norm / shares.count()
             optimizer.step()
             steps += 1
-        before, moved = moved, totals["policy/kl_to_old"]
+        before, moved = moved, shares.added(totals)["policy/kl_to_old"]
         if settings.target_kl and (moved - before) / (count // settings.minibatch) > settings.target_kl:
             break
-    figures = {key: value / steps for key, value in totals.items()}
+    figures = {key: value / steps for key, value in shares.added(totals).items()}
     return figures | {"policy/learning_rate": optimizer.param_groups[0]["lr"], "policy/epochs": epoch + 1}
 
 
@@ -344,3 +347,8 @@ def value_loss(actors: Actors, part: Rollout, states: Tensor) -> Tensor:
     values, mask = critic_values(actors, part.batch, states), part.batch.response_mask
     clip = actors.settings.cliprange_value
     return clipped_value_loss(values, part.values, part.returns, mask, clip, part.weights).loss
+
+
+def follow(told: dict[str, Any]) -> None:
+    """Take part in the training that the first of several processes orders."""
+    shares.follow(ppo, told)

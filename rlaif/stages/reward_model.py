@@ -20,6 +20,7 @@ from rlaif.model.groups import Group, score_groups
 from rlaif.model.roles import SharedBase
 from rlaif.records import Messages, Prompt, assistant, text_of
 from rlaif.sections import Combination
+from rlaif.stages import shares
 
 REWARD, COST = "reward", "cost"
 CALIBRATION = "calibration.json"
@@ -125,6 +126,7 @@ class RewardModel:
         """Return one score of each response, ``[B]``."""
         return self.combine(self.members(batch))
 
+    @shares.by_rows
     def score_responses(
         self,
         base: SharedBase,
