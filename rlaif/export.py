@@ -20,7 +20,7 @@ from rlaif.model.base import load_tokenizer, resolve
 from rlaif.pipeline import journal_copy, open_run
 from rlaif.progress import Progress
 from rlaif.records import Prompt
-from rlaif.stages.ppo import prompts_of_update
+from rlaif.stages.ppo_prompts import prompts_of_update
 from rlaif.stages.run import Run
 
 ADDRESS = "http://127.0.0.1:5000"

@@ -140,7 +140,7 @@ def export(engine, folder, output):
 def test_prompts_stand_in_the_order_in_which_ppo_samples_them(run, tiny_model, tmp_path):
     from datasets import load_dataset
 
-    from rlaif.stages.ppo import prompts_of_update
+    from rlaif.stages.ppo_prompts import prompts_of_update
 
     with tiny_runs.opened(tmp_path / "other", tiny_model) as opened:
         chosen = opened.select("train", opened.recipe.ppo.prompts_per_tag)

@@ -20,23 +20,19 @@ Writes ``policy/`` (PEFT), ``critic/``, ``metrics.jsonl``, ``samples.jsonl`` and
 shifted and divided by).
 """
 
-import random
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from rlaif.errors import DataError
 from rlaif.maths.advantages import Advantages, gae, sequence_advantages, token_rewards
 from rlaif.maths.kl import AdaptiveKl, FixedKl, k3
 from rlaif.maths.losses import Aggregation, clipped_policy_loss, clipped_value_loss, explained_variance
 from rlaif.maths.masking import masked_mean, masked_whiten, zero_outside
 from rlaif.model import sampling
 from rlaif.model.drawn import token_figures, token_states
-from rlaif.model.roles import SharedBase
 from rlaif.model.sampling import Batch
 from rlaif.recipe import PpoSection
-from rlaif.records import Prompt
 from rlaif.stages import shares
 from rlaif.stages.actors import Actors, assign_roles, calibrate, critic_values, judge_tokens, scale_of, score, use_scale
 from rlaif.stages.checkpoints import COST_CRITIC, CRITIC, POLICY, restore, save
@@ -47,6 +43,7 @@ from rlaif.stages.gate import starting_policy
 from rlaif.stages.independent import independent_figures, independent_inputs
 from rlaif.stages.judged_reward import reward_inputs
 from rlaif.stages.ppo_outputs import finish, record
+from rlaif.stages.ppo_prompts import prompts_of_update, refuse_long
 from rlaif.stages.ptx import Ptx, ptx_files
 from rlaif.stages.reward_model import CALIBRATION
 from rlaif.stages.run import Run
@@ -194,33 +191,6 @@ def ppo(run: Run) -> dict[str, Any]:
             note = f"score {figures['rollout/score']:.2f} kl {figures['rollout/kl_to_reference']:.2f}"
             task.advance(1, tokens=int(mask.sum()), note=note)
     return finish(run, actors)
-
-
-def refuse_long(base: SharedBase, prompts: list[Prompt], max_new_tokens: int) -> None:
-    """Stop where a prompt and its response do not fit the model's context.
-
-    Raises:
-        DataError: the first such prompt, with its length.
-    """
-    for prompt in prompts:
-        length = len(base.tokenizer.prompt(prompt.messages))
-        if length + max_new_tokens > base.max_length:
-            raise DataError(
-                f"ppo: `{prompt.id}`: {length} prompt tokens and {max_new_tokens} new ones; the model's context holds "
-                f"{base.max_length}. Shorten the prompt, or lower ppo.sampling.max_new_tokens."
-            )
-
-
-def prompts_of_update(run: Run, prompts: list[Prompt], update: int) -> list[Prompt]:
-    """Return the prompts of one update: epochs over a shuffled order, each repeated `samples_per_prompt` times."""
-    settings = run.recipe.ppo
-    chosen: list[Prompt] = []
-    for position in range(update * settings.rollout_batch, (update + 1) * settings.rollout_batch):
-        epoch, index = divmod(position, len(prompts))
-        order = list(range(len(prompts)))
-        random.Random(run.seed(NAME, "order", epoch)).shuffle(order)
-        chosen += [prompts[order[index]]] * settings.samples_per_prompt
-    return chosen
 
 
 def estimate(settings: PpoSection, rewards: Tensor, values: Tensor, mask: Tensor, weights: Tensor) -> Advantages:
