@@ -21,7 +21,7 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
-from rlaif import files, journal
+from rlaif import files, journal, memory_advice
 from rlaif.documents import fingerprint
 from rlaif.errors import ConfigError, JournalError
 from rlaif.progress import Progress
@@ -146,7 +146,8 @@ def run_stage(run: Run, stage: str) -> None:
     began = time.monotonic()
     _reset_peak()
     try:
-        counts = getattr(module, stage)(run)
+        with memory_advice.told(run, stage):
+            counts = getattr(module, stage)(run)
     finally:
         run.release()
     manifest = journal.Manifest(

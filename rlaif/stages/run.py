@@ -42,6 +42,9 @@ _NOT_DETERMINING = {
     "save_steps",
     "save_every_updates",
 }
+# Keys that decide how many rows are computed at a time. They count as their defaults, so that memory which has run out
+# costs no finished work.
+_ROWS_AT_A_TIME = ("batch_size", "microbatch")
 # Keys that name an engine: what it is asked with counts (`Run.asked`), and not what the recipe calls it.
 _NAMES = {key for keys in ENGINE_KEYS.values() for key in keys}
 
@@ -246,9 +249,12 @@ class Run:
 
     def inputs(self, *sections: BaseModel, files: dict[str, Path] | None = None, **named: Any) -> dict[str, str]:
         """Return fingerprints of all that a stage's result depends on, by name."""
-        result = {"seed": str(self.recipe.seed), "model": fingerprint(self.recipe.model.model_dump())}
+        model = self.recipe.model.model_dump() | {"gradient_checkpointing": False}  # gradients are the same with it
+        result = {"seed": str(self.recipe.seed), "model": fingerprint(model)}
         for section in sections:
+            fields = type(section).model_fields
             content = section.model_dump(exclude=_NOT_DETERMINING | _NAMES)
+            content |= {key: fields[key].default for key in _ROWS_AT_A_TIME if key in content}
             result[f"recipe.{type(section).__name__.removesuffix('Section').lower()}"] = fingerprint(content)
         result |= {name: fingerprint(value) for name, value in named.items()}
         result |= {name: path_sha256(path) for name, path in (files or {}).items()}
