@@ -247,8 +247,10 @@ def _size(size: float) -> str:
     return f"{size / GIB:.1f} GiB" if size >= GIB / 10 else f"{size / 2**20:.1f} MiB"
 
 
-def as_words(found: Peak, there: float) -> str:
+def as_words(found: Peak | None, there: float) -> str:
     """Write an estimate in one line, with its parts in GiB."""
+    if found is None:
+        return "unknown; the model is not on this machine, or of a kind that docs/memory.md has no equations for"
     parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in found.parts.items() if size >= GIB / 20)
     over = "" if found.total <= there else f", more than the {_size(there)} here"
-    return f"{_size(found.total)} at its peak ({found.phase}){over}: {parts}"
+    return f"about {_size(found.total)} at its peak ({found.phase}){over}: {parts}"

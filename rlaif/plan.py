@@ -305,8 +305,7 @@ def as_lines(plans: Sequence[StagePlan]) -> Iterator[str]:
         took = "time unknown" if one.seconds is None else f"about {_duration(one.seconds)}"
         memory = [] if one.memory_gib is None else [f"about {one.memory_gib:.1f} GiB"]
         yield f"     estimate: {', '.join([*work, took, *memory])} (from {one.basis})"
-        if one.memory:
-            yield f"     memory: {as_words(one.memory, capacity())}"
+        yield f"     memory: {as_words(one.memory, capacity())}"
     known = [one.seconds for one in plans if one.reasons and one.seconds is not None]
     unknown = sum(bool(one.reasons) and one.seconds is None for one in plans)
     yield f"estimate for all: about {_duration(sum(known))}" + (f", and {unknown} stages unknown" if unknown else "")
