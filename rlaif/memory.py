@@ -247,7 +247,9 @@ def phases(stage: str, recipe: Recipe, lengths: Lengths, policy: Held, reward: H
         return _training(base, stage, settings, lengths)
     if stage == "ppo":
         return _ppo(recipe, lengths, policy, reward)
-    new = settings.max_reasoning_tokens if stage == "label" else settings.sampling.max_new_tokens
+    new = settings.sampling.max_new_tokens
+    if stage == "label" and any(judge.method == "verdict" for judge in settings.panel()):
+        new = max(new, settings.max_reasoning_tokens)
     scorers = scorers_of(recipe) if stage in ("rejection", "evaluate") else 0
     adapters = {"revise": 0, "label": sft, "rejection": 1}.get(stage, len({*recipe.stages} & _POLICIES))
     there = _there(policy, reward, adapters, scorers)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -107,11 +108,13 @@ def _said(messages: Messages) -> str:
 
 
 def capacity() -> float:
-    """Return the memory of the device that is computed on, in bytes: the GPU's, without what others use, or all."""
+    """Return the bytes that this process may have: of a GPU those that others leave, else of main memory."""
     if default_device().type == "cuda":
         return float(torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved())
     lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-    return float(next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemTotal")))
+    there = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemTotal"))
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    return float(there if limit == resource.RLIM_INFINITY else min(there, limit))
 
 
 # --- where memory has run out -----------------------------------------------------------------------------------------
@@ -146,12 +149,12 @@ def ran_out(problem: BaseException | None) -> bool:
 def message(run: Run, stage: str, problem: BaseException) -> str:
     """Say in one message what has run out, what to lower to what, and what is kept."""
     there = capacity()
-    where = "the GPU" if default_device().type == "cuda" else "this machine"
+    where = "the GPU" if default_device().type == "cuda" else "this process"
     asked = _ASKED.search(f"{problem} {problem.__cause__}")
     more = f"; {_size(float(asked[1]) * _SIZES[asked[2]])} more were asked for" if asked else ""
     now = need(run, stage, run.recipe)
     keys, then = advice(run, stage, now, there)
-    said = [f"{stage}: out of memory: {where} has {_size(there)}{more}."]
+    said = [f"{stage}: out of memory: {where} may have {_size(there)}{more}."]
     if not keys:
         said.append(f"{_instead(run.recipe)} {_kept('')}")
         return " ".join(said)

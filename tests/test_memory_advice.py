@@ -58,7 +58,9 @@ def test_memory_that_runs_out_is_one_message_whatever_says_so(opened, monkeypatc
 
     monkeypatch.setattr("rlaif.stages.sft.sft", stage)
     monkeypatch.setattr("rlaif.stages.sft.inputs", lambda run: {})
-    with pytest.raises(DeviceError, match="^sft: out of memory: this machine has .* GiB.*--set sft.per_device_train"):
+    with pytest.raises(
+        DeviceError, match="^sft: out of memory: this process may have .* GiB.*--set sft.per_device_train"
+    ):
         run_stage(opened, "sft")
 
 
@@ -79,9 +81,9 @@ def test_a_model_that_cannot_be_loaded_for_lack_of_memory_is_told_as_such(opened
 def test_the_message_says_what_to_lower_how_far_and_what_is_kept(opened, monkeypatch):
     fixed(monkeypatch, opened, there=7, sizes=rows_of_ppo)
     assert advice.message(opened, "ppo", torch.OutOfMemoryError(CUDA)) == (
-        "ppo: out of memory: this machine has 7.0 GiB; 2.5 GiB more were asked for. Change ppo.microbatch from 4 to 2: "
-        "about 6.0 GiB instead of 8.0 GiB, by the memory model. Nothing that is finished is lost. Run the same command "
-        "again, without --from, adding `--set ppo.microbatch=2`: it continues where it stopped."
+        "ppo: out of memory: this process may have 7.0 GiB; 2.5 GiB more were asked for. Change ppo.microbatch from 4 "
+        "to 2: about 6.0 GiB instead of 8.0 GiB, by the memory model. Nothing that is finished is lost. Run the same "
+        "command again, without --from, adding `--set ppo.microbatch=2`: it continues where it stopped."
     )
 
 
@@ -190,7 +192,7 @@ def test_memory_that_really_runs_out_is_told_and_fewer_rows_go_on(tmp_path, tiny
         return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
     whole = train(16, 1)
-    assert whole.returncode == 1 and "\nsft: out of memory: this machine has" in whole.stderr, whole.stderr
+    assert whole.returncode == 1 and "\nsft: out of memory: this process may have" in whole.stderr, whole.stderr
     assert "Change sft.per_device_train_batch_size from 16 to 8 and" in whole.stderr
     lowered = train(1, 16)
     assert lowered.returncode == 0, lowered.stderr
