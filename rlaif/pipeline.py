@@ -19,9 +19,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from ruamel.yaml import YAML
 
-from rlaif import files, journal
+from rlaif import files, journal, memory_advice
 from rlaif.documents import fingerprint
 from rlaif.errors import JournalError
 from rlaif.progress import Progress
@@ -147,7 +148,8 @@ def run_stage(run: Run, stage: str) -> None:
     began = time.monotonic()
     _reset_peak()
     try:
-        counts = getattr(module, stage)(run)
+        with memory_advice.told(run, stage):
+            counts = getattr(module, stage)(run)
     finally:
         run.release()
     manifest = journal.Manifest(
@@ -197,6 +199,8 @@ def _prepare(folder: Path, inputs: dict[str, str]) -> bool:
 
 def _reset_peak() -> None:
     """Start a new measurement of peak memory, where the system offers it."""
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.reset_peak_memory_stats()
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
@@ -204,7 +208,9 @@ def _reset_peak() -> None:
 
 
 def peak_memory_gib() -> float:
-    """Return this process's peak resident memory in GiB, since `_reset_peak` on Linux."""
+    """Return the peak memory in GiB since `_reset_peak`: on a GPU what torch reserved there, else what is resident."""
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return torch.cuda.max_memory_reserved() / 2**30
     try:
         status = Path("/proc/self/status").read_text()
         line = next(line for line in status.splitlines() if line.startswith("VmHWM"))

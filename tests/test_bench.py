@@ -1,5 +1,6 @@
-"""The tables of `scripts/bench/quickstart` and `scripts/bench/ppo`, from figures made up here."""
+"""Tables of `scripts/bench/quickstart` and `scripts/bench/ppo` from made-up figures; a small run of `scripts/bench/gpu`."""
 
+import argparse
 import importlib.util
 import json
 from importlib.machinery import SourceFileLoader
@@ -8,22 +9,25 @@ from pathlib import Path
 import pytest
 
 from rlaif.journal import Journal, Manifest, Unit, write_manifest
+from rlaif.stages.run import Run
 
-SCRIPTS = Path(__file__).resolve().parents[1] / "scripts" / "bench"
+BENCH = Path(__file__).resolve().parents[1] / "scripts" / "bench"
 
 
-def script(name: str):
-    loader = SourceFileLoader(f"bench_{name}", str(SCRIPTS / name))
-    spec = importlib.util.spec_from_loader(f"bench_{name}", loader)
+def loaded(name: str):
+    loader = SourceFileLoader(f"bench_{name}", str(BENCH / name))
+    spec = importlib.util.spec_from_loader(loader.name, loader)
     assert spec is not None
     module = importlib.util.module_from_spec(spec)
-    loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(BENCH))
+        loader.exec_module(module)
     return module
 
 
 @pytest.fixture(scope="module")
 def bench():
-    return script("quickstart")
+    return loaded("quickstart")
 
 
 def manifest(folder: Path, stage: str, seconds: float, memory: float, **counts: int) -> None:
@@ -70,7 +74,7 @@ def test_ratios_of_ppo_are_of_steps_that_were_taken_in_one_turn() -> None:
     def spread(values: list[float], digits: int = 2) -> str:
         return " ".join(f"{value:.{digits}f}" for value in values)
 
-    assert script("ppo").tables(found, spread).splitlines() == [
+    assert loaded("ppo").tables(found, spread).splitlines() == [
         "",
         "| variant | sampling | scoring | updating | all, s | peak GiB |",
         "|---|---:|---:|---:|---:|---:|",
@@ -81,3 +85,39 @@ def test_ratios_of_ppo_are_of_steps_that_were_taken_in_one_turn() -> None:
         "|---|---:|---:|",
         "| trunk | 0.50 0.20 | 0.50 0.40 |",
     ]
+
+
+def told(**changes):
+    small = {
+        "shape": "tiny",
+        "prompt": 24,
+        "new": 8,
+        "rollout": 4,
+        "microbatch": 2,
+        "epochs": 1,
+        "updates": 1,
+        "rank": 4,
+    }
+    rest = {"no_checkpointing": False, "peak_tflops": 1.0, "scratch": None, "threads": 1}
+    return argparse.Namespace(**small | rest | changes)
+
+
+def test_model_flops_are_two_for_each_number_and_token_and_attentions() -> None:
+    gpu = loaded("gpu")
+    shape = gpu.SHAPES["tiny"]
+    numbers = 4 * (2 * 256 * 256 + 2 * 256 * 64 + 3 * 256 * 704) + 4096 * 256
+    forward = 10 * (2 * numbers + 4 * 4 * 256 * 5)
+    assert gpu.flops(shape, 10, 5) == forward
+    assert gpu.flops(shape, 10, 5, backward=True) == 3 * forward
+    readings, trained = 6, 2 * 3  # sampling, five roles; a backward pass of the policy and one of the critic
+    assert gpu.flops_of_update(shape, told()) == (readings + trained) * gpu.flops(shape, 4 * 32, 16)
+
+
+@pytest.mark.slow
+def test_five_roles_of_a_random_base_run_on_a_cpu_as_a_rehearsal(tmp_path: Path, no_sync: None) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "load_base", Run.load_base)  # the script puts another in its place
+        found = loaded("gpu").measure(told(), tmp_path)
+    assert found["parameters"] == 4915200 and found["tokens"] == "24+8" and len(found["updates"]) == 1
+    assert found["seconds_per_update"] > 0 and found["sampled_tokens_per_second"] > 0 and found["utilization"] > 0
+    assert 0 < found["expected_tensors_gib"] < found["expected_gib"] < found["separate_gib"]

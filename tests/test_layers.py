@@ -37,10 +37,11 @@ PLAIN = {
     "steering",
     "filters",
     "sameness",
-    *("files", "journal", "launch", "progress"),
+    *("files", "journal", "launch", "memory", "progress"),
 }
 TOP = {"report", "pipeline", "trace", "tree", "plan", "chat", "environment", "induce", "judging", "scoring"}
 TOP |= {"reward_server", "reward_service", "export", "export_settings", "verl_reward"}
+TOP |= {"memory_advice", "training_costs"}
 COMMANDS = {"__main__", "cli", "constitution_cli", "reward_cli"}
 ALLOWED = {
     "plain": set(),

@@ -48,6 +48,9 @@ _NOT_DETERMINING = {
 }
 # Keys that count only where they are not at their default, so that runs from before they counted stay up to date.
 _LATER = {"critic", "final_entropy_coef", "final_temperature", "reference_share"}
+# Keys that decide how many rows are computed at a time. They count as their defaults, so that memory which has run out
+# costs no finished work.
+_ROWS_AT_A_TIME = ("batch_size", "microbatch")
 
 
 @dataclass
@@ -270,13 +273,15 @@ class Run:
 
     def inputs(self, *sections: BaseModel, files: dict[str, Path] | None = None, **named: Any) -> dict[str, str]:
         """Return fingerprints of all that a stage's result depends on, by name."""
-        result = {"seed": str(self.recipe.seed), "model": fingerprint(self.recipe.model.model_dump())}
+        model = self.recipe.model.model_dump() | {"gradient_checkpointing": False}  # gradients are the same with it
+        result = {"seed": str(self.recipe.seed), "model": fingerprint(model)}
         for section in sections:
             fields = type(section).model_fields
             name = type(section).__name__.removesuffix("Section").lower()
             unset = {key for key in _LATER & fields.keys() if getattr(section, key) == fields[key].get_default()}
             # What an engine is asked with counts (`Run.asked`), and not what the recipe calls it.
             content = section.model_dump(exclude=_NOT_DETERMINING | set(ENGINE_KEYS.get(name, ())) | unset)
+            content |= {key: fields[key].default for key in _ROWS_AT_A_TIME if key in content}
             result[f"recipe.{name}"] = fingerprint(content)
         result |= {name: fingerprint(value) for name, value in named.items()}
         result |= {name: path_sha256(path) for name, path in (files or {}).items()}
