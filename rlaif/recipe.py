@@ -175,8 +175,7 @@ class Recipe(Section):
             )
         if "ppo" in self.stages:
             self._rewards()
-        members = self.reward.num_heads * self.reward.num_adapters
-        if "reward" in self.stages and self.ppo.reward_model.ensemble == "uncertainty" and members == 1:
+        if "reward" in self.stages and self.ppo.reward_model.ensemble == "uncertainty" and self.reward.members == 1:
             raise ValueError(
                 "ppo.reward_model.ensemble is `uncertainty`, and the reward model has one member, which agrees with "
                 "itself; raise reward.num_heads or reward.num_adapters"
@@ -225,13 +224,11 @@ class Recipe(Section):
         for key, cost in self.ppo.costs.items():
             if cost == OWN_STAGE and not (has_reward and self.reward.cost):
                 raise ValueError(f"{key}: the cost needs the stage `reward` before it, with reward.cost: true")
-        members = self.reward.num_adapters * self.reward.num_heads
         for part in self.ppo.independent:
-            if part.member and part.member > members:
+            if part.member and part.member > self.reward.members:
                 raise ValueError(
                     f"the part `{part.name}` of ppo.independent is member {part.member} of the reward model, which has "
-                    f"{members}: reward.num_adapters {self.reward.num_adapters} x reward.num_heads "
-                    f"{self.reward.num_heads}"
+                    f"{self.reward.members}: reward.num_adapters x reward.num_heads"
                 )
 
     def _candidates(self) -> None:

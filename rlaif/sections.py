@@ -231,6 +231,11 @@ class RewardSection(TrainingSection):
     suspects: int = Field(50, ge=0, description="labels listed that the model disbelieves most; 0: not looked for")
     microbatch: Positive = Field(8, description="rows per forward pass when scoring")
 
+    @property
+    def members(self) -> int:
+        """How many scores the reward model gives of one response."""
+        return self.num_adapters * self.num_heads
+
     @model_validator(mode="after")
     def _watched(self) -> "RewardSection":
         if self.early_stopping_patience and self.eval_steps is None:
