@@ -11,7 +11,7 @@ Models whose attention cannot be replaced take the padded pass.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, takewhile
 
 import torch
 from torch import Tensor
@@ -30,6 +30,17 @@ class Group:
 
     prompt: Sequence[int]
     responses: Sequence[Sequence[int]]
+
+
+def joined(groups: Sequence[Group]) -> Group:
+    """Make one group of several whose prompts begin alike; what differs of a prompt comes before each response to it.
+
+    Its responses are those of the first group, of the second one and so on, and are scored as they were.
+    """
+    alike = takewhile(lambda ids: len(set(ids)) == 1, zip(*(group.prompt for group in groups), strict=False))
+    shared = [ids[0] for ids in alike]
+    responses = [[*group.prompt[len(shared) :], *response] for group in groups for response in group.responses]
+    return Group(shared, responses)
 
 
 class Layout:
