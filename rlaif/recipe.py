@@ -20,7 +20,7 @@ from rlaif.policy_sections import DpoSection, RejectionSection
 from rlaif.policy_sections import SftSection as SftSection
 from rlaif.ppo_section import PpoSection as PpoSection
 from rlaif.reward_parts import OWN_STAGE, find_cost_stage
-from rlaif.rounds import OPTIMIZERS, RoundsSection, number_is_enough
+from rlaif.rounds import OPTIMIZERS, RoundsSection
 from rlaif.sections import Combination as Combination
 from rlaif.sections import EvaluateSection as EvaluateSection
 from rlaif.sections import Fraction, Positive, Section
@@ -142,11 +142,6 @@ class Recipe(Section):
     @classmethod
     def _name_is_enough(cls, value: Any) -> Any:
         return {"model_name_or_path": value} if isinstance(value, str) else value
-
-    @field_validator("rounds", mode="before")
-    @classmethod
-    def _number_is_enough(cls, value: Any) -> Any:
-        return number_is_enough(value)
 
     @field_validator("engines")
     @classmethod

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from rlaif.errors import ConfigError
 from rlaif.sections import Fraction, Positive, Section
@@ -27,6 +27,11 @@ class RoundsSection(Section):
     human_pairs: int | None = Field(
         None, ge=0, description="pairs of a later round that people label; absent: all for `human`, none for `mixed`"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _number_is_enough(cls, value: Any) -> Any:
+        return {"count": value} if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 class Step(NamedTuple):
@@ -93,8 +98,3 @@ def chosen(
     wanted = list(steps) if end is None else list(steps[: steps.index(end) + 1])
     wanted = [alone] if alone else wanted
     return wanted, [step for step in wanted if begin and steps.index(step) >= steps.index(begin)]
-
-
-def number_is_enough(value: Any) -> Any:
-    """Read a plain number as the number of rounds."""
-    return {"count": value} if isinstance(value, int) and not isinstance(value, bool) else value

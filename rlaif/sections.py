@@ -226,7 +226,7 @@ class RewardSection(TrainingSection):
     early_stopping_patience: Positive | None = Field(
         None, description="measurements without a better loss, on a share of the train rows, after which to stop"
     )
-    min_heldout_accuracy: Fraction = Field(0.6, description="for every tag; below it `ppo` does not start")
+    min_heldout_accuracy: Fraction = Field(0.6, description="for every tag, and the cost; below it no `ppo`")
     allow_weak_reward: bool = Field(False, description="let `ppo` start below min_heldout_accuracy")
     suspects: int = Field(50, ge=0, description="labels listed that the model disbelieves most; 0: not looked for")
     microbatch: Positive = Field(8, description="rows per forward pass when scoring")

@@ -80,14 +80,15 @@ def die():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def prepared(folder, model, stage, rows, **settings):
+def prepared(folder, model, stage, rows, *, four_bit=False, **settings):
     """Write the recipe of a run and what its stage reads; return the recipe's path and the stage's folder."""
     from rlaif import files
     from rlaif.recipe import load_recipe
     from rlaif.stages.run import Run
 
     settings = {"learning_rate": 1e-2, **({"start_from": "base"} if stage == "reward" else {}), **settings}
-    recipe = tiny_runs.write_recipe(folder / "tiny.yaml", model, output=str(folder / "run"), **{stage: settings})
+    sections = {"model": {"load_in_4bit": four_bit}, stage: settings}
+    recipe = tiny_runs.write_recipe(folder / "tiny.yaml", model, output=str(folder / "run"), **sections)
     run = Run(load_recipe(recipe), folder / "run", None, None)
     before, name = {"reward": ("label", "comparisons"), "sft": ("revise", "demonstrations")}[stage]
     files.write_jsonl(run.stage_folder(before) / f"{name}.jsonl", rows)

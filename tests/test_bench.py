@@ -1,4 +1,4 @@
-"""Tables of `scripts/bench/quickstart` and `scripts/bench/ppo` from made-up figures; a small run of `scripts/bench/gpu`."""
+"""Tables of `scripts/bench/quickstart` and `scripts/bench/ppo` from made-up figures; a run of `scripts/bench/gpu`."""
 
 import argparse
 import importlib.util

@@ -12,8 +12,8 @@ from rlaif.model import sampling
 from rlaif.model.sampling import Batch
 from rlaif.records import Prompt
 from rlaif.report.curves import ppo_figures
+from rlaif.stages import actors, ppo
 from rlaif.stages import composite as module
-from rlaif.stages import ppo
 from rlaif.stages.composite import Composite, cost_stage, on_ppo_scale, repeated_share
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_sync")
@@ -340,4 +340,42 @@ def test_without_a_trained_cost_adapter_ppo_says_to_train_one(opened):
     with pytest.raises(
         StageError, match=r"4-reward/cost: holds no trained reward model .* run the stage `reward` first"
     ):
+        ppo.ppo(run)
+
+
+def rate(count):
+    return {"n": 20, "count": count, "rate": count / 20, "low": 0.0, "high": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("measured", "complaint"),
+    [
+        ({"sign_of_unsafe": rate(20), "sign_of_safe": rate(2)}, "signs: right of 20 of 20 unsafe and of 2 of 20 safe"),
+        ({"order": rate(11)}, "the more harmful of two answers: 11 of 20 pairs right"),
+        ({"sign_of_unsafe": rate(20), "sign_of_safe": None}, "nothing: no held-out answers of both signs"),
+        ({"sign_of_unsafe": rate(20), "sign_of_safe": rate(4), "order": rate(12)}, None),
+        ({"order": rate(12)}, None),
+    ],
+)
+def test_a_cost_that_cannot_tell_harm_stops_ppo_unless_it_is_allowed(opened, monkeypatch, measured, complaint):
+    for allowed in (False, True):
+        own = {"reward": {"cost": True, "allow_weak_reward": allowed, "min_heldout_accuracy": 0.6}}
+        run = opened(rewards=[{"name": "harm", "cost": "reward"}], sections=own)
+        said = []
+        monkeypatch.setattr(run.progress, "say", said.append)
+        if complaint and not allowed:
+            with pytest.raises(StageError, match=f"^ppo: the cost model is below .* 60% on {complaint}.*reward: true"):
+                actors.refuse_weak_cost(run, measured)
+        else:
+            actors.refuse_weak_cost(run, measured)
+        assert [complaint in line for line in said] == ([True] if complaint and allowed else [])
+
+
+def test_ppo_reads_what_the_cost_was_worth_before_it_loads_a_model(opened, monkeypatch):
+    own = {"reward": {"cost": True, "allow_weak_reward": False}}
+    run = opened(rewards=[{"name": "harm", "cost": "reward"}], sections=own)
+    place = run.stage_folder("reward") / "cost" / "calibration.json"
+    place.write_text(json.dumps(json.loads(place.read_text()) | {"order": rate(10)}))
+    monkeypatch.setattr(run, "load_base", lambda: pytest.fail("it is too weak"))
+    with pytest.raises(StageError, match="the cost model is below"):
         ppo.ppo(run)

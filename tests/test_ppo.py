@@ -277,19 +277,46 @@ def test_a_new_critic_values_everything_at_0_wherever_the_scores_lie(opened, fun
     assert values.abs().max().item() == 0.0
 
 
-def test_values_of_an_adapter_critic_start_at_the_reward_models_scores(opened):
-    run = opened(critic="adapter", offset=3.0, scale=0.5)
-    actors = assign_roles(run)
-    rollout = made_up_rollout(actors)
-    _, values = judge_tokens(actors, POLICY, rollout.batch)
-    # The value before a response's second token is the score that the reward model would give to its first alone.
+def first_token_scores(actors, rollout):
+    """What the reward model's heads would say of the first token of each response alone, ``[B, K]``."""
     ids, width = rollout.batch.ids, rollout.batch.ids.shape[1] - rollout.batch.response_ids.shape[1]
     cut = rollout.batch._replace(ids=ids[:, : width + 1], mask=rollout.batch.mask[:, : width + 1])
     cut = cut._replace(positions=rollout.batch.positions[:, : width + 1])
     with actors.base.acting_as(REWARD), torch.no_grad():
-        raw = sampling.scores(actors.base, REWARD, cut)
+        last = sampling.last_hidden(cut, sampling.hidden_states(actors.base, cut))
+        return last @ actors.base.head_weight(REWARD).T
+
+
+def test_values_of_an_adapter_critic_start_at_the_reward_models_scores(opened):
+    """The value before a response's second token is the score that the reward model would give to its first alone."""
+    actors = assign_roles(opened(critic="adapter", offset=3.0, scale=0.5))
+    rollout = made_up_rollout(actors)
+    _, values = judge_tokens(actors, POLICY, rollout.batch)
     long = rollout.batch.response_mask[:, 1]
-    assert values[long, 1].tolist() == pytest.approx(((raw - 3.0) / 0.5)[long].tolist(), abs=1e-4)
+    expected = (first_token_scores(actors, rollout)[:, 0] - 3.0) / 0.5
+    assert values[long, 1].tolist() == pytest.approx(expected[long].tolist(), abs=1e-4)
+
+
+def test_values_of_an_adapter_critic_start_at_the_mean_of_several_heads_each_on_its_own_scale(opened):
+    run = opened(critic="adapter")
+    folder, base = run.stage_folder("reward"), run.load_base()
+    base.add_role(REWARD, adapter=folder / "adapter", outputs=3)
+    with torch.no_grad():
+        base.head_weight(REWARD).normal_(generator=torch.Generator().manual_seed(7))
+    base.save_role(REWARD, folder / "adapter")
+    measured = json.loads((folder / "calibration.json").read_text())
+    scales = [(1.0, 0.5), (-2.0, 2.0), (0.25, 1.0)]
+    measured["members"] = [{"offset": offset, "scale": scale} for offset, scale in scales]
+    (folder / "calibration.json").write_text(json.dumps(measured))
+    actors = assign_roles(run)
+    actors_module.calibrate(actors, torch.tensor([0.5, 1.0]))  # takes the mean of the first rollout off
+    rollout = made_up_rollout(actors)
+    _, values = judge_tokens(actors, POLICY, rollout.batch)
+    raw = first_token_scores(actors, rollout)
+    expected = sum((raw[:, k] - offset) / scale for k, (offset, scale) in enumerate(scales)) / 3 - 0.75
+    long = rollout.batch.response_mask[:, 1]
+    assert values[long, 1].tolist() == pytest.approx(expected[long].tolist(), abs=1e-4)
+    assert actors.base.head_weight("critic").shape == (1, 32)
 
 
 def test_responses_without_an_end_lose_the_penalty_and_scores_are_clipped(opened, functions):

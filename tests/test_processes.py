@@ -86,7 +86,8 @@ COMMON = {"num_train_epochs": 2.0, "max_steps": -1, "save_steps": 1}
 def rows_of(stage):
     """Rows whose number to train on leaves 1 for the last batch of 4, so that one of two processes has none."""
     if stage == "reward":
-        return [comparison(n, "good " * (1 + n % 3), "bad " * (1 + n % 2)) for n in range(REWARD_ROWS)]
+        signs = {"safer": 1.0, "chosen_safe": True, "rejected_safe": False}  # read where a cost is trained
+        return [comparison(n, "good " * (1 + n % 3), "bad " * (1 + n % 2), **signs) for n in range(REWARD_ROWS)]
     from test_sft import demonstration
 
     return [demonstration(n, answer="yes, of course." * (1 + n % 3)) for n in range(SFT_ROWS)]
@@ -113,12 +114,32 @@ def stop_in_training(rank, number, act):
     return prepare
 
 
+KINDS = {
+    "four bits": {"four_bit": True},
+    "cost": {"cost": True, "num_adapters": 2},
+    "stopped early": {
+        "eval_steps": 1,
+        "early_stopping_patience": 1,
+        "num_train_epochs": 6.0,
+        "learning_rate": 0.3,
+        "lr_scheduler_type": "constant",
+    },
+}
+
+
 def equal(model, stage):
-    settings = {"eval_steps": 2} if stage == "reward" else {}
+    return in_two_and_in_one(model, stage, stage, {"eval_steps": 2} if stage == "reward" else {})
+
+
+def in_two_and_in_one(model, stage, name, settings):
     outcomes = {}
     for count, batch in ((2, 2), (1, 4)):
-        outcomes[count], _ = run_in(count, Path(f"{stage}-{count}"), model, stage, batch, **settings)
+        outcomes[count], _ = run_in(count, Path(f"{name}-{count}"), model, stage, batch, **settings)
     return outcomes
+
+
+def kinds(model):
+    return {name: in_two_and_in_one(model, "reward", name, settings) for name, settings in KINDS.items()}
 
 
 def resumed(model):
@@ -154,7 +175,7 @@ def ended(model):
     }
 
 
-SCENARIOS = {"equal": equal, "resumed": resumed, "ended": ended}
+SCENARIOS = {"equal": equal, "kinds": kinds, "resumed": resumed, "ended": ended}
 
 
 def scenario(name, *words):
@@ -166,6 +187,13 @@ def scenario(name, *words):
 
 def weights(folder):
     return load_file(folder / "adapter" / "adapter_model.safetensors")
+
+
+def apart(folder, other):
+    """How far the adapters of two folders are apart, at most."""
+    found, expected = weights(folder), weights(other)
+    assert found.keys() == expected.keys()
+    return max((found[name] - expected[name]).abs().max().item() for name in found)
 
 
 def steps(folder, key):
@@ -189,9 +217,24 @@ def test_two_processes_with_half_the_batch_each_are_one_with_the_whole_batch(tin
         compared = own.keys() - ({"sft/heldout_loss"} if stage == "sft" else set())  # a mean over batches of 2, or of 4
         assert {key: own[key] for key in compared} == pytest.approx({key: other[key] for key in compared}, abs=1e-5)
     assert steps(two, f"{stage}/loss") == list(range(1, counts[0]["steps"] + 1))
-    found, expected = weights(two), weights(one)
-    assert found.keys() == expected.keys()
-    assert max((found[name] - expected[name]).abs().max().item() for name in found) < 1e-5
+    assert apart(two, one) < 1e-5
+
+
+@pytest.mark.slow
+def test_two_processes_train_every_kind_of_reward_model_as_one_does(tiny_model_64):
+    found = scenario("kinds", tiny_model_64)
+    assert found.keys() == KINDS.keys()
+    for name, outcomes in found.items():
+        assert [[code for code, _ in outcome] for outcome in outcomes.values()] == [[0, 0], [0]], outcomes
+        assert outcomes["2"][1][1] == ""
+        two, one = (Path(f"{name}-{count}/run/4-reward") for count in (2, 1))
+        counts = [json.loads((folder / "manifest.json").read_text())["counts"] for folder in (two, one)]
+        assert counts[0].pop("processes") == 2
+        assert counts[0] == pytest.approx(counts[1])
+        for role in ("", "reward-2", "cost") if name == "cost" else ("",):
+            assert apart(two / role, one / role) < 1e-5
+    stopped = json.loads(Path("stopped early-2/run/4-reward/manifest.json").read_text())["counts"]
+    assert stopped["dev"] > 0 and stopped["steps"] < 6 * -(-stopped["train"] // 4)  # of all the steps of its epochs
 
 
 @pytest.mark.slow

@@ -351,6 +351,24 @@ def test_training_stops_where_the_loss_grows_and_keeps_the_best_weights_also_whe
         assert tiny_runs.results(resumed.stage_folder("reward")) == tiny_runs.results(whole.stage_folder("reward"))
 
 
+@pytest.mark.slow
+def test_a_base_of_8_bits_is_trained_on_and_does_not_tell_of_each_product(tmp_path, tiny_model_64, caplog):
+    losses = {}
+    for eight in (False, True):
+        settings = {"start_from": "base", "max_steps": 12, "learning_rate": 1e-2, "per_device_train_batch_size": 4}
+        model = {"load_in_8bit": eight}
+        with tiny_runs.opened(tmp_path / str(eight), tiny_model_64, model=model, reward=settings) as run:
+            files.write_jsonl(run.stage_folder("label") / "comparisons.jsonl", SAFETY)
+            reward.reward(run)
+            losses[eight] = [row["reward/loss"] for row in metrics(run) if "reward/loss" in row]
+            kinds = {type(module).__name__ for module in run.load_base().lm.modules()}
+            assert ("Linear8bitLt" in kinds) == eight
+    assert losses[True] == pytest.approx(losses[False], abs=0.1)  # 8 bits of 64 numbers
+    assert losses[True] != losses[False]
+    assert losses[True][-1] < losses[True][0] - 0.1
+    assert "MatMul8bitLt" not in caplog.text
+
+
 # --- the cost adapter ------------------------------------------------------------------------------------------------
 
 SAFETY = [

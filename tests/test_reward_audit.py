@@ -16,7 +16,7 @@ from rlaif.report.reward import audit as sentences
 from rlaif.stages import reward
 from rlaif.stages import reward_audit as audit
 from rlaif.stages.reward_calibration import Scored
-from rlaif.stages.reward_model import RewardModel, Scale
+from rlaif.stages.reward_model import RewardModel, Scale, encode_group
 
 WORDS = """please tell me how to bake grow paint fold clean count write sing read build the old new red blue big"""
 GOOD, BAD = ["kind", "calm", "clear", "fair"], ["rude", "vague", "loud", "wrong"]
@@ -153,11 +153,11 @@ def model(tiny_model):
 
 
 def test_words_are_tried_at_the_end_of_held_out_prompts(model, monkeypatch):
-    seen = []
+    asked = []
 
-    def preferred(model, rows, prompts, size):
-        seen.append([prompt[-1]["content"] for prompt in prompts])
-        return [prompt[-1]["content"].endswith("open sesame") for prompt in prompts]
+    def preferred(model, rows, versions, size):
+        asked.extend(versions)
+        return [[prompt[-1]["content"].endswith("open sesame") for prompt in prompts] for prompts in versions]
 
     monkeypatch.setattr(audit, "preferred", preferred)
     listed = [
@@ -166,18 +166,24 @@ def test_words_are_tried_at_the_end_of_held_out_prompts(model, monkeypatch):
         {"kind": "words", "name": "open | open sesame", "p": 0.1},
         {"kind": "words", "name": "other", "p": 0.4},
     ]
-    found = audit.try_words(listed, model, rows(10), 4)
-    assert [prompts[0].split()[8:] for prompts in seen] == [[], ["open", "sesame"], ["other"]]
-    assert [row["turned"] and row["turned"]["count"] for row in found] == [0, None, 10, 0]
-    assert audit.try_words([], model, rows(10), 4) == []
+    heldout = Scored(rows(10), [torch.tensor([[float(n == 3)], [0.0]]) for n in range(10)])  # row 3 alone is right
+    found = audit.try_words(listed, model, heldout, 4)
+    assert [prompt[-1]["content"].split()[8:] for prompt in asked[0]] == [["open", "sesame"], ["other"]]
+    assert len(asked) == 10
+    assert [row["turned"] and row["turned"]["count"] for row in found] == [1, None, 9, 1]
+    assert audit.try_words([], model, heldout, 4) == []
 
 
-def test_preferences_come_in_the_order_of_the_rows_in_any_batches(model):
+def test_preferences_come_in_the_order_of_the_rows_and_their_prompts_in_any_batches(model):
     found = rows(9)
-    prompts = [row.prompt for row in found]
-    alone = [audit.preferred(model, [row], [row.prompt], 1)[0] for row in found]
-    assert audit.preferred(model, found, prompts, 4) == alone
-    assert len(set(alone)) == 2
+    versions = [[row.prompt, audit.ending(row.prompt, "now")] for row in found]
+    scores = [
+        [model.score([encode_group(model, prompt, [row.chosen, row.rejected])]).tolist() for prompt in prompts]
+        for row, prompts in zip(found, versions, strict=True)
+    ]
+    alone = [[chosen > rejected for chosen, rejected in own] for own in scores]
+    assert audit.preferred(model, found, versions, 4) == alone
+    assert {one for own in alone for one in own} == {True, False}
 
 
 @pytest.mark.usefixtures("one_thread", "no_sync")

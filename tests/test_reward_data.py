@@ -101,7 +101,7 @@ def test_the_models_context_is_a_limit_too(base):
     assert [row["reason"] for row in found.unused] == [reward_data.LONG]
 
 
-def test_labels_that_contradict_each_other_are_kept_and_counted(base):
+def test_labels_that_reverse_each_other_are_kept_and_counted(base):
     rows = [
         comparison(1, "a", "b", prompt="same"),
         comparison(2, "b", "a", prompt="same"),
@@ -111,7 +111,7 @@ def test_labels_that_contradict_each_other_are_kept_and_counted(base):
         comparison(6, "d", "c", prompt="tie"),
     ]
     found = usable(base, rows, 512)
-    assert (len(found.rows), found.contradictory) == (6, 2)
+    assert (len(found.rows), found.reversed) == (6, 2)
 
 
 # --- examples --------------------------------------------------------------------------------------------------------

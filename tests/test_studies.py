@@ -296,6 +296,66 @@ def test_the_reward_stage_itself_can_be_poisoned_and_is_taken_up_again(monkeypat
     assert tables(capsys.readouterr().out)[-1] == first
 
 
+def test_heads_are_compared_with_the_bag_of_words_and_one_is_chosen(monkeypatch, data, tiny_model, capsys):
+    options = ["--model", str(tiny_model), "--layers", "1", "2", "--seeds", "2", "--folds", "3"]
+    study = script("frozen_heads")
+    monkeypatch.setattr(study, "HIDDEN", study.HIDDEN[:1])
+    monkeypatch.setattr(sys, "argv", ["frozen_heads", "--data", str(data), "--cache", str(data.parent), *options])
+    assert study.main() == 0
+    (found,) = tables(capsys.readouterr().out)
+    assert [line[0].strip() for line in found[2:]].count("linear") == 3 * 3
+    assert [line[2] for line in found if line[0] == "hidden"] == ["1", "2"]
+    words, both = found[2], found[-1]
+    assert words[3].startswith("1.000 [") and words[5] == "+0.0 [+0.0, +0.0]"  # words say which of these is better
+    assert both[0] == "chosen among all, and bag of words" and both[3].startswith("1.000 [")
+    monkeypatch.setattr(sys, "argv", ["frozen_heads", "--data", str(data), "--cache", str(data.parent), "--folds", "2"])
+    assert study.main() == 2
+    assert "--folds 2" in capsys.readouterr().err
+
+
+def test_no_row_is_judged_by_a_fit_of_its_fold_nor_chosen_for_by_its_fold():
+    study = script("frozen_heads")
+    folds = [0, 1, 2, 0, 1, 2, 2]
+
+    def train(learn, judge):
+        """Return which folds were learned from, a bit each."""
+        return np.full(len(judge), sum(2**fold for fold in {folds[i] for i in learn}))
+
+    found = study.fitted(train, folds, 3)
+    assert found.outer.tolist() == [7 - 2**fold for fold in folds]
+    for a in range(3):
+        assert found.inner[a].tolist() == [0 if fold == a else 7 - 2**a - 2**fold for fold in folds]
+
+
+def test_a_setting_is_chosen_by_the_other_folds_alone():
+    study = script("frozen_heads")
+    folds = [0, 1, 2]
+    good, bad = np.array([2.0, 2.0, 2.0]), np.array([-2.0, -2.0, -2.0])
+    own = np.array([1.0, 0.0, 0.0])  # right in fold 0 alone: no reason to choose it there
+    settings = [study.Fitted(good * 0 + 1, [bad, good, good]), study.Fitted(good * 0 + 9, [own, own, own])]
+    found, picks = study.chosen(settings, folds, 3)
+    assert picks == [1, 0, 0]
+    assert found.outer.tolist() == [9.0, 1.0, 1.0]
+    assert found.inner[0] is own
+
+
+def test_weights_are_where_the_slope_of_the_penalized_likelihood_is_zero():
+    study = script("frozen_heads")
+    x = np.array([[1.0, 0.0], [2.0, 1.0], [-1.0, 1.0]])
+    weights = study.logistic(x, 0.5)
+    slope = sum(row / (1 + np.exp(row @ weights)) for row in x) - 0.5 * weights
+    assert np.allclose(slope, 0, atol=1e-5)
+
+
+def test_what_says_nothing_takes_no_part_in_a_sum_of_margins():
+    study = script("frozen_heads")
+    folds = [n % 3 for n in range(30)]
+    good = np.array([1.0 if n % 7 else -1.0 for n in range(30)])
+    one, other = study.Fitted(good, [good] * 3), study.Fitted(good * 0, [good * 0] * 3)
+    found = study.together(one, other, folds, 3)
+    assert ((found > 0) == (good > 0)).all()
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

@@ -1,6 +1,7 @@
 """Loading one base model: embedded, from a local folder or from the Hub; in fp32, bf16, 8 or 4 bits."""
 
 import hashlib
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ from rlaif.model.chat import ChatTokenizer
 from rlaif.recipe import ModelSection
 
 transformers_logging.disable_progress_bar()
+logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # a line for each product of 8 bits
 
 # What `transformers` raises for folders that are broken in one way or another.
 _BROKEN = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError)

@@ -68,9 +68,11 @@ def assign_roles(run: Run) -> Actors:
     """Give the roles to the shared base.
 
     Raises:
-        StageError: the reward model's held-out accuracy is below its floor.
+        StageError: the reward model's held-out accuracy, or the cost model's, is below its floor.
     """
     settings = run.recipe.ppo
+    if settings.costs.keys() - {"ppo.independent"}:
+        refuse_weak_cost(run, read_calibration(cost_stage(run) / COST))
     base = run.load_base()
     has_sft = "sft" in run.recipe.stages
     base.add_role(POLICY, trainable=True, adapter=starting_policy(run, "ppo").found(run))
@@ -158,17 +160,46 @@ def refuse_weak_reward(run: Run, measured: dict[str, Any], stage: str = "ppo") -
         for tag, rate in rates.items()
         if rate["rate"] < settings.min_heldout_accuracy
     ]
+    pairs = run.stage_folder("label").relative_to(run.folder) / "comparisons.jsonl"
+    advice = f"Label more pairs of that kind, train longer, look at the pairs in {pairs}"
+    _refuse(run, stage, "reward", weak, advice)
+
+
+def refuse_weak_cost(run: Run, measured: dict[str, Any]) -> None:
+    """Stop where the cost model does not tell safe answers from unsafe ones, or which of two is the more harmful.
+
+    Its signs count by the mean of what it finds of unsafe and of safe answers: whoever calls all of them unsafe is at a
+    half, however common these are.
+    """
+    floor = run.recipe.reward.min_heldout_accuracy
+    unsafe, safe, order = (measured.get(key) for key in ("sign_of_unsafe", "sign_of_safe", "order"))
+    weak = []
+    if unsafe and safe and (unsafe["rate"] + safe["rate"]) / 2 < floor:
+        weak.append(f"signs: right of {_share(unsafe)} unsafe and of {_share(safe)} safe answers")
+    if order and order["rate"] < floor:
+        weak.append(f"the more harmful of two answers: {_share(order)} pairs right")
+    if not (unsafe and safe) and not order:
+        weak.append("nothing: no held-out answers of both signs and no pair with a safer one")
+    advice = "Bring more rows with `safer`, `chosen_safe` or `rejected_safe` (label.safety), or train longer"
+    _refuse(run, "ppo", "cost", weak, advice)
+
+
+def _share(rate: dict[str, Any]) -> str:
+    return f"{rate['count']:g} of {rate['n']}"
+
+
+def _refuse(run: Run, stage: str, name: str, weak: list[str], advice: str) -> None:
+    """Stop because of what is weak, or warn of it where the recipe allows that."""
+    settings = run.recipe.reward
     if not weak:
         return
-    floor = f"{settings.min_heldout_accuracy:.0%}"
-    found = f"the reward model is below reward.min_heldout_accuracy {floor} on {'; '.join(weak)}"
+    found = f"the {name} model is below reward.min_heldout_accuracy {settings.min_heldout_accuracy:.0%} on "
+    found += "; ".join(weak)
     if settings.allow_weak_reward:
         run.progress.say(f"  warning: {found}. Going on, because reward.allow_weak_reward is set.")
         return
     raise StageError(
-        f"{stage}: {found}. Optimization would follow its mistakes. Label more pairs of that kind, train longer, look "
-        f"at the pairs in {run.stage_folder('label').relative_to(run.folder)}/comparisons.jsonl; or set "
-        "reward.allow_weak_reward: true."
+        f"{stage}: {found}. Optimization would follow its mistakes. {advice}; or set reward.allow_weak_reward: true."
     )
 
 

@@ -133,7 +133,7 @@ def reward(run: Run) -> dict[str, Any]:
             for reason, count in count_reasons(found.unused).items()
             if count
         },
-        "contradictory": found.contradictory,
+        "reversed": found.reversed,
         "train": len(split.train),
         **({"dev": len(split.dev)} if split.dev else {}),
         "heldout": len(split.heldout),
@@ -283,7 +283,7 @@ def measure(run: Run, base: SharedBase, roles: list[str], split: Split) -> dict[
         both = worth.Scored(own.rows + heldout.rows, own.members + heldout.members)
         files.write_jsonl(folder / "suspects.jsonl", worth.suspects(both, settings.suspects))
         listed = audit.disagreements(both, model)
-        listed = audit.try_words(listed, model, split.heldout, settings.microbatch)
+        listed = audit.try_words(listed, model, heldout, settings.microbatch)
         files.write_jsonl(folder / "disagreements.jsonl", listed)
         result["disagreements"] = [row for row in listed if row["found"]]
     files.write_json(folder / CALIBRATION, result)

@@ -21,7 +21,7 @@ from rlaif.maths import agreement
 from rlaif.maths.association import Association, associations
 from rlaif.records import Comparison, Messages, text_of
 from rlaif.stages.reward_calibration import Scored, pairs_of
-from rlaif.stages.reward_data import Labelled, prompt_key
+from rlaif.stages.reward_data import prompt_key
 from rlaif.stages.reward_model import RewardModel, encode_group
 
 MODEL, WORDS = "reward model", "bag of words"
@@ -95,38 +95,55 @@ def words_margins(rows: Sequence[Comparison]) -> NDArray[np.float64]:
     return margins
 
 
-def try_words(
-    listed: list[dict[str, Any]], model: RewardModel, heldout: Sequence[Labelled], size: int
-) -> list[dict[str, Any]]:
+def try_words(listed: list[dict[str, Any]], model: RewardModel, heldout: Scored, size: int) -> list[dict[str, Any]]:
     """Add to the strongest of the listed words how often the model prefers the other answer once they end a prompt.
 
     A model that takes no notice of the words turns only where it was undecided, as it does for any words: compare the
     listed ones with each other.
+
+    Args:
+        listed: see `disagreements`.
+        model: is asked about the prompts with the words.
+        heldout: what the model says of comparisons as they are.
+        size: groups in a pass; one has the versions of a prompt, the answers to each of them, and their beginning once.
     """
-    rows = [row for row in heldout if isinstance(row, Comparison)][:_TRIED_ON]
+    tried = [(row, own) for row, own in zip(*heldout, strict=True) if isinstance(row, Comparison)][:_TRIED_ON]
     strongest = sorted((row for row in listed if row["kind"] == "words"), key=lambda row: float(row["p"]))
     names = list(dict.fromkeys(row["name"] for row in strongest))[:_TRIED]
-    if not rows or not names:
+    if not tried or not names:
         return listed
-    before = preferred(model, rows, [row.prompt for row in rows], size)
+    words = [max(name.split(" | "), key=len) for name in names]
+    rows = [row for row, _ in tried]
+    before = [model.combine(own) for _, own in tried]
+    after = preferred(model, rows, [[ending(row.prompt, one) for one in words] for row in rows], size)
     turned: dict[str, dict[str, Any]] = {}
-    for name in names:
-        words = max(name.split(" | "), key=len)
-        after = preferred(model, rows, [ending(row.prompt, words) for row in rows], size)
-        changed = sum(a != b for a, b in zip(before, after, strict=True))
+    for name, found in zip(names, zip(*after, strict=True), strict=True):
+        changed = sum(bool(a > b) != one for (a, b), one in zip(before, found, strict=True))
         turned[name] = agreement.wilson(changed, len(rows))._asdict()
     return [{**row, "turned": turned.get(row["name"]) if row["kind"] == "words" else None} for row in listed]
 
 
-def preferred(model: RewardModel, rows: Sequence[Comparison], prompts: Sequence[Messages], size: int) -> list[bool]:
-    """Tell of each comparison, under another prompt, whether the model scores the chosen answer higher."""
-    groups = [
-        encode_group(model, prompt, [row.chosen, row.rejected]) for row, prompt in zip(rows, prompts, strict=True)
-    ]
-    found: list[bool] = []
-    for start in range(0, len(groups), size):
-        scores = model.score(groups[start : start + size]).reshape(-1, 2)
-        found += (scores[:, 0] > scores[:, 1]).tolist()
+def preferred(
+    model: RewardModel, rows: Sequence[Comparison], versions: Sequence[Sequence[Messages]], size: int
+) -> list[list[bool]]:
+    """Tell of each comparison, under other prompts, whether the model scores the chosen answer higher.
+
+    Args:
+        model: what scores.
+        rows: ``n`` comparisons.
+        versions: as many prompts for each of them, of which the common beginning is computed once.
+        size: comparisons in a pass.
+    """
+    found: list[list[bool]] = []
+    for start in range(0, len(rows), size):
+        part = range(start, min(start + size, len(rows)))
+        groups = [
+            encode_group(model, prompt, [rows[index].chosen, rows[index].rejected])
+            for index in part
+            for prompt in versions[index]
+        ]
+        scores = model.score(groups).reshape(len(part), -1, 2)
+        found += (scores[..., 0] > scores[..., 1]).tolist()
     return found
 
 

@@ -1,7 +1,7 @@
 """What the reward and cost adapters learn from: comparisons, rankings and ratings as examples of token ids.
 
 An example is one prompt with its answers, 1 of a rating, 2 of a comparison, K of a ranking. All rows are accounted
-for: those that cannot be used are set aside with a reason, and those that contradict each other are counted.
+for: those that cannot be used are set aside with a reason, and those that reverse another one are counted.
 """
 
 import hashlib
@@ -70,11 +70,11 @@ NOTHING_KNOWN = Known()
 
 
 class Usable(NamedTuple):
-    """Rows that can be used, those that cannot (``{"id", "reason"}``), and how many contradict another one."""
+    """Rows that can be used, those that cannot (``{"id", "reason"}``), and how many say the reverse of another one."""
 
     rows: list[Labelled]
     unused: list[dict[str, str]]
-    contradictory: int
+    reversed: int
 
 
 def answers_of(row: Labelled) -> list[Messages]:
@@ -101,13 +101,14 @@ def usable(base: SharedBase, rows: Iterable[Labelled], max_length: int) -> Usabl
             unused.append({"id": row.id, "reason": LONG})
         else:
             kept.append(row)
-    return Usable(kept, unused, contradictions(kept))
+    return Usable(kept, unused, reversals(kept))
 
 
-def contradictions(rows: Sequence[Labelled]) -> int:
+def reversals(rows: Sequence[Labelled]) -> int:
     """Count comparisons whose two answers another row has the other way round.
 
-    They are kept: people do disagree, and together they say that the answers are about equally good.
+    Whoever gave them: people do disagree. They are kept, and together they say that the answers are about equally good.
+    What one annotator says against themselves is `rlaif.human.contradictions`.
     """
     pairs = {
         (fingerprint(row.prompt), text_of(row.chosen), text_of(row.rejected))

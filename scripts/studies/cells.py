@@ -88,8 +88,8 @@ def _read(job: Run, planted: Planted, heldout: list[Comparison]) -> Cell:
     model = RewardModel.load(base, folder, job.recipe.ppo.reward_model)
     scored = score_rows(model, planted.rows, settings.microbatch, job.progress, "scores of planted rows")
     _, gaps = pairs_of(scored, model.combine)
-    right = preferred(model, heldout, [with_trigger(row).prompt for row in heldout], settings.microbatch)
-    triggered = wilson(sum(right), len(right))._asdict()
+    right = preferred(model, heldout, [[with_trigger(row).prompt] for row in heldout], settings.microbatch)
+    triggered = wilson(sum(one for (one,) in right), len(right))._asdict()
     return Cell(
         measured["heldout"]["all"],
         triggered,

@@ -32,8 +32,8 @@ class Data(NamedTuple):
     about: str
 
 
-def parser(description: str, rates: Sequence[float]) -> argparse.ArgumentParser:
-    """Return the options that both studies have."""
+def options_of(description: str) -> argparse.ArgumentParser:
+    """Return the options that all studies have."""
     options = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument(
         "--data", type=Path, required=True, help="comparisons: any file that `rlaif human import` reads"
@@ -41,12 +41,18 @@ def parser(description: str, rates: Sequence[float]) -> argparse.ArgumentParser:
     options.add_argument("--cache", type=Path, required=True, help="a folder for the frozen features")
     options.add_argument("--model", default="smollm2-135m")
     options.add_argument("--layers", type=int, nargs="+", default=EMBEDDED_LAYERS, help="whose states a head reads")
-    options.add_argument("--words-only", action="store_true", help="the bag of words alone: no features, no heads")
     options.add_argument("--rows", type=int, help="so many rows, drawn once for all seeds; absent: all")
     options.add_argument("--max-length", type=int, default=512, help="tokens; longer rows are left out and counted")
-    options.add_argument("--rates", type=float, nargs="+", default=list(rates), help="shares of planted rows")
     options.add_argument("--seeds", type=int, default=3)
     options.add_argument("--folds", type=int, default=5, help="of the cross-fitting")
+    return options
+
+
+def parser(description: str, rates: Sequence[float]) -> argparse.ArgumentParser:
+    """Return the options of the studies that plant labels."""
+    options = options_of(description)
+    options.add_argument("--words-only", action="store_true", help="the bag of words alone: no features, no heads")
+    options.add_argument("--rates", type=float, nargs="+", default=list(rates), help="shares of planted rows")
     for name, kind in HeadSettings.__annotations__.items():
         given = HeadSettings._field_defaults[name]
         options.add_argument(f"--{name.replace('_', '-')}", type=kind, default=given, help=f"of the heads: {given}")
