@@ -161,8 +161,8 @@ def refuse_unsupported(stages: Sequence[str] = ()) -> None:
         if os.environ.get(variable, "false").lower() in ("true", "1"):
             raise ConfigError(
                 f"{name}: not supported; every process holds the whole base, which is frozen and may have 4 bits. "
-                f"Launch with plain data parallelism (`accelerate launch --multi_gpu`), without {name}; for a base that "
-                "fits no GPU, `rlaif export` writes PPO for verl or OpenRLHF."
+                f"Launch with plain data parallelism (`accelerate launch --multi_gpu`), without {name}; for a base "
+                "that fits no GPU, `rlaif export` writes PPO for verl or OpenRLHF."
             )
 
 
