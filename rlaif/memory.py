@@ -8,26 +8,21 @@ Shapes: ``h`` hidden, ``i`` intermediate, ``q`` and ``kv`` widths of queries and
 is computed with, ``V`` vocabulary. Sizes are bytes unless a name says otherwise.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from rlaif.decoders import Shape
 from rlaif.recipe import ModelSection, Recipe
 
 GIB = 2**30
 FP32 = 4
 
-# Decoders with grouped-query attention and a gated MLP of three matrices, for which the equations hold.
-MODEL_TYPES = (
-    *("llama", "mistral", "qwen2", "qwen3", "smollm3", "granite", "olmo2", "seed_oss"),
-    *("gemma", "gemma2", "gemma3_text"),
-)
-
 # Bytes that were measured with an allocator's own figures, on shapes that differ in every width.
 BACKWARD = 8  # of a layer's backward pass, per token and unit of `i`
 PASS_WIDE, PASS_FP32, PASS_NARROW = 2, 12, 6  # of a pass without gradients: per token e*i, i and h
-LOGITS_LEARNING = 20  # per response token and word of the vocabulary: PPO's loss with its entropy, and their gradients
-LOGITS_SCORING = 8  # the same without gradients
+LOGITS_CHUNK = 256  # response tokens of PPO whose logits are there at a time (`model.drawn._CHUNK`)
+LOGITS_DRAWN, LOGITS_ENTROPY = 12, 4  # of them per token and word of the vocabulary; more where entropy is learned
+LOGITS_SCORING = 8  # per response token and word: a padded pass without gradients
 LOGITS_DRAWING = 28  # per row that is sampled and word
 LOGITS_TEXT = 12  # per token of plain text and word: the cross-entropy and its gradient
 TRL_TOKENS, TRL_WORDS = 4096, 32768  # whose logits TRL's losses hold at a time (`trl.kernels.chunked_logprob`)
@@ -40,67 +35,6 @@ PROCESS_CPU, PROCESS_CUDA, SLACK_CUDA = 0.7 * GIB, 0.8 * GIB, 0.1
 
 PASS_TOKENS = 64  # of prompts that come into one pass, for each row in work (`model.slots.TOKENS_PER_SLOT`)
 EVALUATE_ROWS = 8  # scored in a pass (`stages.evaluate._MICROBATCH`)
-
-
-class Shape(NamedTuple):
-    """What of a decoder's ``config.json`` decides how much memory it needs."""
-
-    layers: int
-    hidden: int
-    intermediate: int
-    heads: int
-    kv_heads: int
-    head_size: int
-    vocabulary: int
-    tied: bool  # whether the embedding is the vocabulary projection as well
-
-    @classmethod
-    def of(cls, config: Mapping[str, Any]) -> "Shape | None":
-        """Read a model's configuration; None for a kind of model that the equations are not written for."""
-        config = config.get("text_config", config)
-        if config.get("model_type") not in MODEL_TYPES:
-            return None
-        heads = config["num_attention_heads"]
-        return cls(
-            layers=config["num_hidden_layers"],
-            hidden=config["hidden_size"],
-            intermediate=config["intermediate_size"],
-            heads=heads,
-            kv_heads=config.get("num_key_value_heads") or heads,
-            head_size=config.get("head_dim") or config["hidden_size"] // heads,
-            vocabulary=config["vocab_size"],
-            tied=bool(config.get("tie_word_embeddings", config["model_type"].startswith("gemma"))),
-        )
-
-    @property
-    def q(self) -> int:
-        """Width of the queries."""
-        return self.heads * self.head_size
-
-    @property
-    def kv(self) -> int:
-        """Width of the keys, and of the values."""
-        return self.kv_heads * self.head_size
-
-    @property
-    def linears(self) -> dict[str, tuple[int, int]]:
-        """Inputs and outputs of a layer's matrices."""
-        h, i = self.hidden, self.intermediate
-        return {
-            "q_proj": (h, self.q),
-            "k_proj": (h, self.kv),
-            "v_proj": (h, self.kv),
-            "o_proj": (self.q, h),
-            "gate_proj": (h, i),
-            "up_proj": (h, i),
-            "down_proj": (i, h),
-        }
-
-    @property
-    def parameters(self) -> int:
-        """How many numbers the model has, but for biases and norms."""
-        inner = self.layers * sum(rows * columns for rows, columns in self.linears.values())
-        return inner + self.vocabulary * self.hidden * (1 if self.tied else 2)
 
 
 class Peak(NamedTuple):
@@ -171,35 +105,37 @@ class Held:
         quantized = self.settings.load_in_4bit or self.settings.load_in_8bit
         return float(self.compute * max(i * o for i, o in self.shape.linears.values()) if quantized else 0)
 
-    def layer(self) -> int:
+    def layer(self, *, packed: bool = False) -> int:
         """Return what one layer keeps of a token for its backward pass, without checkpointing.
 
         The inputs of both norms in fp32; queries, keys, values and what attention gives; the gate, its activation and
         the other half of the MLP; each adapter's low-rank product and the input of each adapted matrix: once for all
-        that share it where adapters compute in the base's type, else an fp32 copy for each (`rlaif.model.lora`).
+        that share it where adapters compute in the base's type, else an fp32 copy for each (`rlaif.model.lora`). Of
+        packed rows what attention gives is put together, and the copy is the input of its own matrix.
         """
         shape, e, targets = self.shape, self.compute, self.targets
         h, i = shape.hidden, shape.intermediate
         kept = 2 * FP32 * h + e * (2 * shape.q + 2 * shape.kv) + e * 3 * i
         if e == FP32:
-            shared = {"attention": h, "mlp": h, "down_proj": i}
+            shared = {"attention": h, "mlp": h, "down_proj": i, "o_proj": shape.q * packed}
             kinds = {"q_proj": "attention", "k_proj": "attention", "v_proj": "attention"}
-            kinds |= {"gate_proj": "mlp", "up_proj": "mlp", "down_proj": "down_proj"}
-            inputs = e * sum(shared[kind] for kind in {kinds[name] for name in targets if name in kinds})
+            kinds |= {"gate_proj": "mlp", "up_proj": "mlp"}
+            inputs = e * sum(shared[kind] for kind in {kinds.get(name, name) for name in targets})
         else:
             inputs = FP32 * sum(size for size, _ in targets.values())
         return kept + inputs + FP32 * self.settings.lora_r * len(targets)
 
-    def learning(self, tokens: int, logits: float) -> tuple[float, float]:
+    def learning(self, tokens: int, logits: float, *, packed: bool = False) -> tuple[float, float]:
         """Return activations and logits at the peak of a forward and backward pass.
 
         What all layers keep is there at both peaks: when the loss is computed, and in the backward pass of a layer,
         which with checkpointing has been computed once more.
         """
         shape, e = self.shape, self.compute
-        kept = shape.layers * (e * shape.hidden if self.settings.gradient_checkpointing else self.layer())
+        whole = self.layer(packed=packed)
+        kept = shape.layers * (e * shape.hidden if self.settings.gradient_checkpointing else whole)
         kept += (FP32 + e) * shape.hidden  # the last norm's input, and its output
-        inside = (self.layer() if self.settings.gradient_checkpointing else 0) + BACKWARD * shape.intermediate
+        inside = (whole if self.settings.gradient_checkpointing else 0) + BACKWARD * shape.intermediate
         if logits >= tokens * inside:
             return float(tokens * kept), logits
         return float(tokens * (kept + inside)), 0.0
@@ -212,6 +148,12 @@ class Held:
     def masks(self, tokens: int, prompt: int) -> float:
         """Return the attention masks of prompts that come in: for all query heads that share a key, in two types."""
         return float((self.compute + 1) * self.shape.heads // self.shape.kv_heads * tokens * prompt)
+
+    def drawn(self, tokens: int, *, entropy: bool) -> float:
+        """Return the logits of so many response tokens of PPO, at most `LOGITS_CHUNK` at a time."""
+        projected = self.compute % FP32  # in half precision, while it is divided by a temperature
+        per_word = LOGITS_DRAWN + projected + LOGITS_ENTROPY * entropy
+        return float(per_word * min(tokens, LOGITS_CHUNK) * self.shape.vocabulary)
 
     def cache(self, rows: int, length: int) -> float:
         """Return keys and values of so many rows of a length, in all layers."""
@@ -250,25 +192,31 @@ def phases(stage: str, recipe: Recipe, lengths: Lengths, policy: Held, reward: H
     new = settings.sampling.max_new_tokens
     if stage == "label" and any(judge.method == "verdict" for judge in settings.panel()):
         new = max(new, settings.max_reasoning_tokens)
-    scorers = scorers_of(recipe) if stage in ("rejection", "evaluate") else 0
+    scorers = scorers_of(recipe, stage) if stage in ("rejection", "evaluate") else 0
     adapters = {"revise": 0, "label": sft, "rejection": 1}.get(stage, len({*recipe.stages} & _POLICIES))
     there = _there(policy, reward, adapters, scorers)
     found = [_sampling(policy, there, settings.batch_size, lengths.prompt, new)]
-    if scorers:
-        rows = settings.microbatch if stage == "rejection" else EVALUATE_ROWS
-        found.append(_scoring(reward or policy, there, rows, lengths.prompt, new, policy.shape.vocabulary))
-    return found + (_training(policy, stage, settings, lengths) if stage == "rejection" else [])
+    if stage == "rejection":
+        activations = (reward or policy).reading(settings.microbatch * (lengths.prompt + new))
+        found.append(_with(there, "scoring", policy.cuda, activations=activations))
+        found += _training(policy, stage, settings, lengths)
+    elif stage == "evaluate":
+        found.append(_scoring(reward or policy, there, EVALUATE_ROWS, lengths.prompt, new, policy.shape.vocabulary))
+    return found
 
 
 _POLICIES = {"sft", "ppo", "dpo", "rejection"}  # stages that write a policy
 
 
-def scorers_of(recipe: Recipe) -> int:
-    """Return how many adapters score responses in the stages after `reward`."""
-    parts = recipe.ppo.rewards
-    model = any(part.model for part in parts) or not (parts or recipe.ppo.reward_function)
-    cost = any(part.cost for part in parts)
-    return ("reward" in recipe.stages) * model * recipe.reward.num_adapters + cost
+def scorers_of(recipe: Recipe, stage: str = "ppo") -> int:
+    """Return how many adapters score responses in a stage after `reward`."""
+    settings = recipe.ppo
+    cost = bool(settings.costs) if stage == "ppo" else any(part.cost for part in settings.rewards)
+    if stage == "rejection":
+        return recipe.reward.num_adapters
+    parts = [part.source for part in (*settings.rewards, *settings.independent)]
+    model = {"model", "member"} & {*parts} or not (settings.rewards or settings.reward_function)
+    return ("reward" in recipe.stages) * bool(model) * recipe.reward.num_adapters + cost
 
 
 def _there(policy: Held, reward: Held | None, adapters: int, scorers: int) -> Peak:
@@ -293,8 +241,12 @@ def _sampling(base: Held, there: Peak, rows: int, prompt: int, new: int) -> Peak
     tokens = min(max(rows * PASS_TOKENS, prompt), rows * prompt) + rows
     activations = base.reading(tokens) + base.masks(tokens, prompt)
     logits = float(LOGITS_DRAWING * rows * base.shape.vocabulary)
-    larger = {"activations": activations} if activations > logits else {"logits": logits}
-    return _with(there, "sampling", base.cuda, cache=base.cache(rows, prompt + new), **larger)
+    return _with(there, "sampling", base.cuda, cache=base.cache(rows, prompt + new), **_larger(activations, logits))
+
+
+def _larger(activations: float, logits: float) -> dict[str, float]:
+    """Return what is there at the peak of a pass whose logits are computed when its activations are gone."""
+    return {"activations": activations} if activations > logits else {"logits": logits}
 
 
 def _scoring(base: Held, there: Peak, rows: int, prompt: int, new: int, vocabulary: int) -> Peak:
@@ -313,7 +265,7 @@ def _training(base: Held, stage: str, settings: Any, lengths: Lengths) -> list[P
         logits = float(min(tokens, TRL_TOKENS) * words)
     adapters = settings.num_adapters + settings.cost if stage == "reward" else 1
     there = _there(base, None, adapters, 0)._replace(optimizer=float(OPTIMIZER * base.adapter))
-    activations, logits = base.learning(tokens, logits)
+    activations, logits = base.learning(tokens, logits, packed=stage == "reward")
     found = [_with(there, "training", base.cuda, activations=activations, logits=logits)]
     if stage == "reward":
         read = base.reading(sides * settings.microbatch * row)
@@ -324,19 +276,24 @@ def _training(base: Held, stage: str, settings: Any, lengths: Lengths) -> list[P
 
 
 def _ppo(recipe: Recipe, lengths: Lengths, policy: Held, reward: Held | None) -> list[Peak]:
+    """Return the phases of PPO, as if no two rows shared a prompt and each were as long as the longest may be."""
     settings, new = recipe.ppo, recipe.ppo.sampling.max_new_tokens
     own = settings.critic == "adapter" or (settings.critic == "auto" and policy.cuda)
-    learning = 1 + int(settings.has_critic and own)
+    learning = 1 + int(settings.has_critic and own) * (2 if settings.constraint else 1)
     there = _there(policy, reward, learning + int("sft" in recipe.stages), scorers_of(recipe))
     there = there._replace(optimizer=float(OPTIMIZER * policy.adapter * learning))
     responses = settings.rollout_batch * settings.samples_per_prompt
     micro = min(settings.microbatch, settings.minibatch)
-    vocabulary, tokens = policy.shape.vocabulary, micro * (lengths.prompt + new)
-    activations, logits = policy.learning(tokens, float(LOGITS_LEARNING * micro * new * vocabulary))
+    tokens, vocabulary = micro * (lengths.prompt + new), policy.shape.vocabulary
+    drawn = policy.drawn(micro * new, entropy=bool(settings.entropy_coef or settings.final_entropy_coef))
+    activations, logits = policy.learning(tokens, drawn, packed=True)
+    gradients = float(2 * policy.compute * policy.shape.hidden * micro * new)  # states before tokens, and theirs
+    read = max(policy.reading(tokens), (reward or policy).reading(tokens))
+    scoring = _larger(read, policy.drawn(micro * new, entropy=False))
     found = [
-        _sampling(policy, there, responses, lengths.prompt, new),
-        _scoring(policy, there, settings.microbatch, lengths.prompt, new, vocabulary),
-        _with(there, "updating", policy.cuda, activations=activations, logits=logits),
+        _sampling(policy, there, min(settings.sampling_batch or responses, responses), lengths.prompt, new),
+        _with(there, "scoring", policy.cuda, **scoring),
+        _with(there, "updating", policy.cuda, activations=activations + gradients, logits=logits),
     ]
     if settings.ptx_coef:
         rows = min(settings.ptx_batch, settings.microbatch) * settings.ptx_length

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from huggingface_hub import try_to_load_from_cache
 
+from rlaif.decoders import Shape
 from rlaif.errors import DeviceError, ModelError
-from rlaif.memory import GIB, Held, Lengths, Peak, Shape, peak
+from rlaif.memory import GIB, Held, Lengths, Peak, peak
 from rlaif.model import builtin
 from rlaif.model.base import default_device
 from rlaif.recipe import ModelSection, Recipe
@@ -26,6 +27,7 @@ _WORDS = ("out of memory", "can't allocate memory", "_STATUS_ALLOC_FAILED")
 _ASKED = re.compile(r"[Tt]ried to allocate ([\d.]+) ?([KMG]iB|bytes)")
 _SIZES = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": GIB}
 # The key that bounds a phase. The first three change no result beyond rounding, and are lowered without losing work.
+# PPO's for sampling is `sampling_batch`.
 _ROWS = {"sampling": "batch_size", "scoring": "microbatch", "updating": "microbatch", "learning text": "microbatch"}
 _TRAINING = "per_device_train_batch_size"
 _FILES = {"sft": ("revise", "demonstrations"), "reward": ("label", "comparisons"), "dpo": ("label", "comparisons")}
@@ -158,7 +160,7 @@ def message(run: Run, stage: str, problem: BaseException) -> str:
     if not keys:
         said.append(f"{_instead(run.recipe)} {_kept('')}")
         return " ".join(said)
-    words = " and ".join(f"{key} from {_now(run.recipe, key)} to {_yaml(value)}" for key, value in keys.items())
+    words = " and ".join(f"{key}{_from(run.recipe, key)} to {_yaml(value)}" for key, value in keys.items())
     said.append(f"Change {words}" + (f": about {_size(then.total)} {_instead_of(now)}." if then else "."))
     if then and then.total > there * _USABLE:
         said.append(f"That may not be enough: {_instead(run.recipe)}")
@@ -203,9 +205,9 @@ def changes(recipe: Recipe, stage: str, phase: str) -> Iterator[dict[str, Any]]:
     key = _ROWS.get(phase) or next(name for name in (_TRAINING, "microbatch", "batch_size") if hasattr(settings, name))
     learns = stage not in ("revise", "label", "evaluate") and phase not in ("sampling", "scoring")
     recompute = {"model.gradient_checkpointing": True}
-    if not hasattr(settings, key):  # PPO samples its whole rollout at once
-        key, learns = "rollout_batch", False
-    rows = getattr(settings, key)
+    if not hasattr(settings, key):
+        key = "sampling_batch"
+    rows = getattr(settings, key) or settings.rollout_batch * settings.samples_per_prompt
     smaller = [size for size in range(rows - 1, 0, -1) if rows % size == 0]
     can_recompute = learns and not recipe.model.gradient_checkpointing
     for size in smaller[: 2 if can_recompute else None]:
@@ -223,9 +225,6 @@ def _fewer(stage: str, key: str, settings: Any, size: int) -> dict[str, Any]:
         found[f"{stage}.gradient_accumulation_steps"] = (
             settings.gradient_accumulation_steps * settings.per_device_train_batch_size // size
         )
-    if key == "rollout_batch":
-        found |= {"ppo.minibatch": min(settings.minibatch, size * settings.samples_per_prompt)}
-        found |= {"ppo.microbatch": min(settings.microbatch, found["ppo.minibatch"])}
     return {name: value for name, value in found.items() if value != getattr(settings, name.split(".")[1])}
 
 
@@ -237,9 +236,10 @@ def changed(recipe: Recipe, keys: dict[str, Any]) -> Recipe:
     return recipe
 
 
-def _now(recipe: Recipe, name: str) -> str:
+def _from(recipe: Recipe, name: str) -> str:
     section, _, key = name.partition(".")
-    return _yaml(getattr(getattr(recipe, section), key))
+    value = getattr(getattr(recipe, section), key)
+    return "" if value is None else f" from {_yaml(value)}"
 
 
 def _yaml(value: Any) -> str:

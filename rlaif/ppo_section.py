@@ -42,6 +42,7 @@ class PpoSection(CompositeSection):
     updates: Positive = Field(50, description="iterations of sample, score, optimize")
     rollout_batch: Positive = Field(16, description="prompts per iteration")
     samples_per_prompt: Positive = 1
+    sampling_batch: Positive | None = Field(None, description="responses sampled at a time; absent: all of an update's")
     minibatch: Positive = Field(16, description="responses per optimizer step")
     microbatch: Positive = Field(8, description="responses per forward and backward pass")
     num_ppo_epochs: Positive = 4

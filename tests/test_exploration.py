@@ -220,6 +220,18 @@ def test_keys_at_their_defaults_leave_the_fingerprint_of_a_section_as_it_was(ope
 
 
 @pytest.mark.slow
+def test_how_many_responses_are_sampled_at_a_time_changes_none(opened, functions, monkeypatch):
+    sample, batches = ppo.sampling.sample, []
+    monkeypatch.setattr(ppo.sampling, "sample", lambda *args, **kw: batches.append(kw["rows"]) or sample(*args, **kw))
+    shown = []
+    for folder, rows in (("whole", None), ("few", 2)):
+        run = opened(folder, reward_function="small_letters", reference_share=0.4, updates=1, sampling_batch=rows)
+        ppo.ppo(run)
+        shown.append([row["response"] for row in tiny_runs.rows(run.stage_folder("ppo") / "samples.jsonl")])
+    assert shown[0] == shown[1] and {None, 2} == {*batches}
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("critic", ["trunk", "adapter"])
 def test_the_temperature_of_an_update_is_one_from_sampling_to_the_loss(opened, critic, monkeypatch):
     """The log-probability when sampled, that of step 4 and that of the first minibatch are the same number."""

@@ -37,7 +37,7 @@ PLAIN = {
     "steering",
     "filters",
     "sameness",
-    *("files", "journal", "launch", "memory", "progress"),
+    *("decoders", "files", "journal", "launch", "memory", "progress"),
 }
 TOP = {"report", "pipeline", "trace", "tree", "plan", "chat", "environment", "induce", "judging", "scoring"}
 TOP |= {"reward_server", "reward_service", "export", "export_settings", "verl_reward"}

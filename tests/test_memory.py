@@ -18,7 +18,9 @@ from conftest import build_tiny_model
 from tiny_roles import load
 from tiny_rows import comparison
 
-from rlaif.memory import Held, Lengths, Shape, peak, phases
+from rlaif.decoders import Shape
+from rlaif.memory import LOGITS_CHUNK, Held, Lengths, peak, phases
+from rlaif.model import drawn
 from rlaif.model.base import load_tokenizer
 from rlaif.recipe import ModelSection, Recipe
 
@@ -35,7 +37,7 @@ LLAMA = {
 }
 WIDE = (3, 128, 384, 4, 2, 3000)  # layers, hidden, intermediate, heads, key heads, vocabulary
 NARROW = (4, 64, 128, 4, 4, 1000)
-ONE_LAYER = 0.02  # of what layers keep: masks and positions, which the model leaves out
+ONE_LAYER = 0.02  # of what layers keep: masks, positions and chosen states, which the model leaves out
 WHOLE = 0.2  # of a stage's peak
 SAID, TEXT = "p" * 60, "x" * 180
 
@@ -114,6 +116,48 @@ def test_the_roles_of_ppo_are_counted():
     assert {phase.optimizer for phase in found} == {12 * 2 * one.adapter}
     alone = recipe(stages=["ppo"], ppo={"reward_function": "brief", "critic": "trunk"})
     assert {phase.adapters for phase in phases("ppo", alone, Lengths(512), one)} == {4 * one.adapter}
+
+
+def roles_of(one, **ppo):
+    """How many adapters PPO has, and how many of them learn."""
+    found = phases("ppo", recipe(reward={"cost": True, "num_heads": 2}, ppo=ppo), Lengths(512), one)[0]
+    return found.adapters / (4 * one.adapter), found.optimizer / (12 * one.adapter)
+
+
+def test_a_constraint_brings_its_critic_and_where_an_adapter_says_the_cost_that_one():
+    one, limit = held(load_in_4bit=True), {"cost": "reward"}
+    assert roles_of(one, critic="adapter") == (4, 2)  # policy, reference, critic, reward
+    assert roles_of(one, critic="adapter", constraint=limit) == (6, 3)
+    assert roles_of(one, critic="adapter", constraint={"function": "f"}) == (5, 3)
+    assert roles_of(one, critic="trunk", constraint=limit) == (4, 1)
+    assert roles_of(one, advantage_estimator="reinforce", constraint=limit) == (4, 1)
+
+
+def test_an_independent_score_brings_what_gives_it_and_nothing_twice():
+    one, function = held(load_in_4bit=True), {"critic": "trunk", "reward_function": "f"}
+    model, cost = {"name": "m", "model": True}, {"name": "c", "cost": "reward"}
+    assert roles_of(one, **function) == (2, 1)
+    assert roles_of(one, **function, independent=[model, cost]) == (4, 1)
+    assert roles_of(one, critic="trunk", independent=[{"name": "two", "member": 2}]) == (3, 1)
+
+
+def test_logits_of_ppo_are_those_of_a_chunk_however_many_responses_are_learned_from():
+    assert LOGITS_CHUNK == drawn._CHUNK
+    assert held(cuda=False).drawn(100, entropy=False) == 12 * 100 * 128256
+    assert held(cuda=False).drawn(1000, entropy=True) == 16 * 256 * 128256
+    assert held().drawn(1000, entropy=False) == 14 * 256 * 128256  # bf16: the projection as well
+
+
+def test_fewer_responses_sampled_at_a_time_need_less_for_keys_and_values():
+    one = held(load_in_4bit=True)
+    whole, half = (
+        phases(
+            "ppo", recipe(ppo={"rollout_batch": 16, "samples_per_prompt": 2, "sampling_batch": rows}), Lengths(512), one
+        )
+        for rows in (None, 16)
+    )
+    assert (whole[0].phase, half[0].phase) == ("sampling", "sampling")
+    assert whole[0].cache == 2 * half[0].cache and whole[1:] == half[1:]
 
 
 def test_a_reward_model_of_somebody_else_is_a_second_base():
@@ -200,7 +244,8 @@ def measured_peak(run):
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("four_bit", [False, True])
-def test_what_layers_keep_for_a_backward_pass_is_counted(tmp_path, monkeypatch, dtype, four_bit):
+@pytest.mark.parametrize("packed", [False, True])
+def test_what_layers_keep_for_a_backward_pass_is_counted(tmp_path, monkeypatch, dtype, four_bit, packed):
     from rlaif.model import sampling
 
     monkeypatch.setattr("rlaif.model.base.compute_dtype", lambda name, device: getattr(torch, dtype))
@@ -209,7 +254,7 @@ def test_what_layers_keep_for_a_backward_pass_is_counted(tmp_path, monkeypatch, 
     base.add_role("policy", trainable=True)
     settings = ModelSection(model_name_or_path="x", load_in_4bit=four_bit, dtype=dtype, lora_r=4)
     model = model_of(folder, settings)
-    batch = sampling.pack(base, [list(range(3, 43))] * 3, [list(range(3, 33))] * 3)
+    batch = sampling.pack(base, [list(range(n, n + 40)) for n in (3, 4, 5)], [list(range(3, 33))] * 3)
     own = {one.untyped_storage().data_ptr() for one in [*base.lm.parameters(), *base.lm.buffers()]}
     kept = {}
 
@@ -218,10 +263,11 @@ def test_what_layers_keep_for_a_backward_pass_is_counted(tmp_path, monkeypatch, 
         return tensor
 
     with base.acting_as("policy", training=True), torch.autograd.graph.saved_tensors_hooks(keep, lambda one: one):
-        hidden = sampling.hidden_states(base, batch)
+        drawn.token_states(base, batch) if packed else sampling.hidden_states(base, batch)
     size = sum(one.untyped_storage().nbytes() for place, one in kept.items() if place not in own)
     last = 4 * 128  # the last norm's input
-    assert size / hidden[..., 0].numel() == pytest.approx(3 * model.layer() + last, rel=ONE_LAYER)
+    tokens = 3 * (69 if packed else 70)  # nothing is drawn after the last one
+    assert size / tokens == pytest.approx(3 * model.layer(packed=packed) + last, rel=ONE_LAYER)
 
 
 @pytest.mark.slow

@@ -106,6 +106,16 @@ def test_an_estimate_that_was_too_low_is_raised_in_proportion(opened, monkeypatc
     assert keys == {"ppo.microbatch": 2} and then.total == 6 * GIB
 
 
+def test_fewer_responses_are_sampled_at_a_time_where_sampling_needs_too_much(opened, monkeypatch):
+    def sizes(recipe):
+        return "sampling", 0.0, 0.0, 0.0, 2.0 * GIB * (recipe.ppo.sampling_batch or recipe.ppo.rollout_batch)
+
+    fixed(monkeypatch, opened, there=5, sizes=sizes)
+    said = advice.message(opened, "ppo", MemoryError())
+    assert "may have 5.0 GiB. Change ppo.sampling_batch to 2: about 4.0 GiB instead of 8.0 GiB" in said
+    assert "--set ppo.sampling_batch=2`: it continues" in said
+
+
 def test_fewer_rows_of_a_trainer_are_made_up_for_by_more_passes(opened, monkeypatch):
     sizes = lambda recipe: ("training", 0.0, 0.0, 0.0, 0.0, recipe.sft.per_device_train_batch_size * GIB)  # noqa: E731
     fixed(monkeypatch, opened, there=5, sizes=sizes)
@@ -123,7 +133,8 @@ def test_rows_at_a_time_and_recomputation_repeat_no_work(tmp_path, tiny_model):
             return revise.inputs(run), ppo.inputs(run)
 
     plain = inputs()
-    lowered = inputs(model={"gradient_checkpointing": True}, ppo={"microbatch": 1}, revise={"batch_size": 2})
+    fewer = {"microbatch": 1, "sampling_batch": 2}
+    lowered = inputs(model={"gradient_checkpointing": True}, ppo=fewer, revise={"batch_size": 2})
     assert lowered == plain
     assert inputs(ppo={"minibatch": 2}) != plain
 

@@ -44,6 +44,7 @@ def draw(run: Run, actors: Actors, ids: Sequence[Sequence[int]], own: Tensor) ->
                 seeds=[run.seed(STAGE, actors.update, row) for row in places],
                 temperature=actors.temperature,
                 top_p=settings.top_p,
+                rows=actors.settings.sampling_batch,
             )
         found |= dict(zip(places, samples, strict=True))
     return [found[row] for row in range(len(ids))]

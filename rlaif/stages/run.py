@@ -43,6 +43,7 @@ _NOT_DETERMINING = {
     "ptx_file",  # its content counts
     "reference",  # its content counts
     "report_to",
+    "sampling_batch",  # rows at a time
     "save_steps",
     "save_every_updates",
 }

@@ -1,6 +1,6 @@
 """Shapes of well-known decoders, from which random ones are built and for which the memory model makes its table."""
 
-from rlaif.memory import Shape
+from rlaif.decoders import Shape
 
 # Layers, hidden, intermediate, heads, key heads, head size, vocabulary, tied.
 SHAPES = {
