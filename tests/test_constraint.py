@@ -169,7 +169,8 @@ def test_a_critic_that_starts_from_the_cost_adapter_says_its_cost_in_deviations(
     actors = assign_roles(run)
     constraint, rollout = actors.constraint, tiny_ppo.made_up_rollout(actors)
     batch, mask = rollout.batch, rollout.batch.response_mask
-    costs, values = constraint.assess(0, [], [], batch, rollout.logprobs, rollout.ref_logprobs, 0.0)
+    own = torch.ones(len(batch.ids), dtype=torch.bool)
+    costs, values = constraint.assess(0, [], [], own, batch, rollout.logprobs, rollout.ref_logprobs, 0.0)
     raw = constraint.model.score(batch)
     assert constraint.latest.tolist() == pytest.approx(raw.tolist(), abs=FLOAT32)  # in microbatches, and in one
     deviations = (raw - raw.mean()) / raw.std(correction=0)
