@@ -162,6 +162,7 @@ def test_the_kl_of_the_loss_pulls_a_policy_that_left_the_reference_back(opened, 
     assert after["policy/kl_to_reference"] < 0.98 * figures["policy/kl_to_reference"]
 
 
+@pytest.mark.slow
 def test_the_kl_is_priced_in_the_loss_or_in_the_reward_and_not_in_both(opened, functions):
     runs = {}
     for place in ("reward", "loss"):
@@ -203,6 +204,7 @@ def test_an_update_ends_with_the_epoch_that_went_further_than_the_target_kl(open
 # --- resuming and learning -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("estimator", ["grpo", "reinforce"])
 def test_a_run_without_a_critic_cut_off_and_resumed_equals_one_that_was_not(opened, functions, estimator, monkeypatch):
     settings = {"reward_function": "small_letters", "advantage_estimator": estimator, "updates": 3, **PAIRS}
