@@ -54,7 +54,6 @@ class StagePlan:
 
     stage: str
     reasons: list[str]  # why it runs; none where it is up to date
-    round: int = 1
     waves: list[Wave] = field(default_factory=list)
     steps: int | None = None  # of training
     new_tokens: int = 0
@@ -64,6 +63,7 @@ class StagePlan:
     basis: str = ""
     note: str = ""
     memory: Peak | None = None  # by the memory model
+    round: int = 1
 
     @property
     def missing(self) -> list[Question]:
@@ -179,7 +179,7 @@ def _of_stage(run: Run, real: Path, step: Step, forced: bool, before: list[Stage
     folder = real / run.stage_folder(stage).relative_to(run.folder)
     gate.shadow(run, real, changed=any(one.reasons and one.round < run.round for one in before))
     reasons = ["--from"] if forced else journal.broken(folder, module.inputs(run))
-    found = StagePlan(stage, reasons, step.round)
+    found = StagePlan(stage, reasons, round=step.round)
     if not reasons:
         run.stage_folder(stage).symlink_to(folder.resolve())
         return found

@@ -165,7 +165,7 @@ def test_an_adapter_made_by_peft_alone_loads_without_its_dropout(tiny_model, tmp
         plain = peft.eval()(input_ids=batch.ids, attention_mask=batch.mask, position_ids=batch.positions).logits
         with base.acting_as("policy", training=True):
             ours = base.logits(sampling.hidden_states(base, batch))
-    torch.testing.assert_close(ours[batch.mask.bool()], plain[batch.mask.bool()], rtol=0, atol=1e-6)
+    torch.testing.assert_close(ours[batch.mask.bool()], plain[batch.mask.bool()], rtol=0, atol=1e-5)
 
 
 # --- loading without this package ----------------------------------------------------------------------------------

@@ -66,24 +66,23 @@ def test_the_machine_is_described_by_what_rlaif_env_found(bench) -> None:
 
 
 def test_ratios_of_ppo_are_of_steps_that_were_taken_in_one_turn() -> None:
-    found = {
-        "trl": [[1.0, 2.0, 7.0, 8.0], [2.0, 3.0, 15.0, 10.0]],
-        "trunk": [[1.0, 1.0, 3.0, 4.0], [1.0, 1.0, 2.0, 4.0]],
-    }
+    ppo = loaded("ppo")
+    theirs = [ppo.Step([1.0, 2.0, 7.0], 20.0, 8.0), ppo.Step([2.0, 3.0, 15.0], 50.0, 10.0)]
+    ours = [ppo.Step([1.0, 1.0, 3.0], 6.0, 4.0), ppo.Step([1.0, 1.0, 2.0], 5.0, 4.0)]
 
     def spread(values: list[float], digits: int = 2) -> str:
         return " ".join(f"{value:.{digits}f}" for value in values)
 
-    assert loaded("ppo").tables(found, spread).splitlines() == [
+    assert ppo.tables({"trl": theirs, "trunk": ours}, spread).splitlines() == [
         "",
-        "| variant | sampling | scoring | updating | all, s | peak GiB |",
-        "|---|---:|---:|---:|---:|---:|",
-        "| trl | 1.0 2.0 | 2.0 3.0 | 7.0 15.0 | 10.0 20.0 | 10.00 |",
-        "| trunk | 1.0 1.0 | 1.0 1.0 | 3.0 2.0 | 5.0 4.0 | 4.00 |",
+        "| variant | sampling | scoring | updating | all, s | processor time, s | peak GiB |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+        "| trl | 1.0 2.0 | 2.0 3.0 | 7.0 15.0 | 10.0 20.0 | 20.0 50.0 | 10.00 |",
+        "| trunk | 1.0 1.0 | 1.0 1.0 | 3.0 2.0 | 5.0 4.0 | 6.0 5.0 | 4.00 |",
         "",
-        "| against TRL | time | memory |",
-        "|---|---:|---:|",
-        "| trunk | 0.50 0.20 | 0.50 0.40 |",
+        "| against TRL | time | processor time | memory |",
+        "|---|---:|---:|---:|",
+        "| trunk | 0.50 0.20 | 0.30 0.10 | 0.50 0.40 |",
     ]
 
 

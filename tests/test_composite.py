@@ -179,7 +179,7 @@ def test_a_part_that_says_none_of_a_response_does_not_apply_to_it(opened, functi
         (
             ["letters", "some"],
             {"combine": "gate", "gate_safety": "some", "gate_helpfulness": "letters"},
-            "score 1 is None",
+            "score 1 .*is None",
         ),
     ],
 )

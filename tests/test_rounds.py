@@ -125,6 +125,14 @@ def test_the_first_of_several_rounds_depends_on_what_a_single_one_does(tmp_path,
         assert run.in_round(2).stage_folder("sft") == run.folder / "2-sft"
 
 
+def test_the_newest_reward_model_is_that_of_the_last_round_that_has_finished_it(tmp_path):
+    for name in ("4-reward", "round-2/4-reward", "round-3/4-reward"):
+        (tmp_path / name).mkdir(parents=True)
+    assert rounds.newest_of(tmp_path, "4-reward") == tmp_path / "4-reward"
+    (tmp_path / "round-2" / "4-reward" / "manifest.json").write_text("{}")
+    assert rounds.newest_of(tmp_path, "4-reward") == tmp_path / "round-2" / "4-reward"
+
+
 # --- replay -----------------------------------------------------------------------------------------------------------
 
 
@@ -368,9 +376,8 @@ def test_pairs_of_a_later_round_wait_for_people_and_go_on_with_their_labels(tmp_
     later = tmp_path / "run" / "round-2"
     pairs = tiny_runs.rows(later / "pairs.jsonl")
     labelled = [one | {"better_response_id": index % 2} for index, one in enumerate(pairs[:2])]
-    (later / "labels.jsonl").write_text(
-        "".join(json.dumps(one) + "\n" for one in [*labelled, labelled[0] | {"prompt": "Another prompt?"}])
-    )
+    strange = labelled[0] | {"id": "strange", "prompt": "Another prompt?"}
+    (later / "labels.jsonl").write_text("".join(json.dumps(one) + "\n" for one in [*labelled, strange]))
     assert said_by(recipe)[:4] == [
         "3-label: up to date",
         "5-ppo: up to date",

@@ -28,8 +28,16 @@ from rlaif.stages.rewards import brief
 LAST = 5  # updates at the end of a run whose figures are averaged
 LENGTH = 24
 PROMPTS = 96  # half of them for training
+WORDLESS = brief([], [""])[0]
 SPACE, NEWLINE = "Ġ", "Ċ"  # as tokenizers write them
-COLUMNS = ["variant", "score", "less the first row's, by seed", "KL to the reference, nats", "entropy at the end, nats"]
+COLUMNS = [
+    "variant",
+    "words",
+    "less the first row's, by seed",
+    "wordless",
+    "KL to the reference, nats",
+    "entropy, nats",
+]
 SCORED = {
     "stages": ["ppo", "evaluate"],
     "prompts": ["numbers.jsonl"],
@@ -77,9 +85,11 @@ class Variant(NamedTuple):
 class Outcome(NamedTuple):
     """What a run came to, on prompts that it was not trained on, at temperature 1."""
 
-    score: float
+    words: float  # of the mean response that has any
+    wordless: int  # responses without a word, which `brief` scores with -10
     kl: float  # nats a response
     entropy: float  # nats a token, over the last updates
+    before: float  # words of the untrained model
     curve: list[float]  # the mean score of each update, in deviations from the first
 
 
@@ -113,7 +123,7 @@ def outcomes(
             sets = [*variant.sets, f"seed={seed}", f"output={folder}"]
             run_recipe(load_recipe(path, sets), Progress(quiet=True))
             found[variant.name].append(read(folder))
-            print(f"{name}, seed {seed}: {variant.name}: {found[variant.name][-1][:3]}", file=sys.stderr, flush=True)
+            print(f"{name}, seed {seed}: {variant.name}: {found[variant.name][-1][:5]}", file=sys.stderr, flush=True)
     return found
 
 
@@ -132,14 +142,23 @@ def written(folder: Path, name: str, recipe: dict, model: str, updates: int) -> 
 
 def read(folder: Path) -> Outcome:
     """Return what a finished run came to."""
-    rows = [row for _, row in read_jsonl(folder / "6-evaluate" / "responses.jsonl") if row["policy"] == "ppo"]
+    answers = [row for _, row in read_jsonl(folder / "6-evaluate" / "responses.jsonl")]
+    rows = [row for row in answers if row["policy"] == "ppo"]
+    words = words_of(rows)
     updates = [row for _, row in read_jsonl(folder / "5-ppo" / "metrics.jsonl")]
     return Outcome(
-        fmean(brief([], [row["text"] for row in rows])),
+        fmean(words),
+        len(rows) - len(words),
         fmean(row["kl"] for row in rows),
         fmean(row["policy/entropy"] for row in updates[-LAST:]),
+        fmean(words_of([row for row in answers if row["policy"] == "base"])),
         [row["rollout/score"] for row in updates],
     )
+
+
+def words_of(rows: Sequence[dict]) -> list[float]:
+    """Return how many words each response has, of those that have any."""
+    return [-10 * score for score in brief([], [row["text"] for row in rows]) if score > WORDLESS]
 
 
 def rows_of(found: dict[str, list[Outcome]]) -> Table:
@@ -148,8 +167,9 @@ def rows_of(found: dict[str, list[Outcome]]) -> Table:
     return [
         [
             name,
-            mean([one.score for one in seeds]),
-            " ".join(f"{one.score - other.score:+.2f}" for one, other in zip(seeds, first, strict=True)),
+            mean([one.words for one in seeds]),
+            " ".join(f"{one.words - other.words:+.1f}" for one, other in zip(seeds, first, strict=True)),
+            " ".join(str(one.wordless) for one in seeds),
             mean([one.kl for one in seeds]),
             mean([one.entropy for one in seeds]),
         ]
@@ -173,7 +193,9 @@ def main(parts: Sequence[tuple[str, dict, Sequence[Variant]]], description: str,
         for name, recipe, variants in parts:
             found = outcomes(recipe, variants, options, name)
             if found:
-                print(f"\n{name}, {options.seeds} seeds, {options.updates} updates\n\n{table(COLUMNS, rows_of(found))}")
+                before = mean([one.before for one in next(iter(found.values()))])
+                print(f"\n{name}, {options.seeds} seeds, {options.updates} updates; untrained: {before} words\n")
+                print(table(COLUMNS, rows_of(found)))
                 if name in curves:
                     print("\n" + table(["variant", "seed", "score by update, in deviations"], curves_of(found)))
     except RlaifError as problem:
