@@ -12,6 +12,7 @@ from rlaif.model.roles import BASE, SharedBase
 from rlaif.pipeline import open_run
 from rlaif.recipe import Recipe
 from rlaif.records import Messages
+from rlaif.rounds import gates
 
 ALIGNED = "aligned"
 _POLICIES = (
@@ -33,6 +34,11 @@ class Conversation:
         """
         recipe: Recipe = open_run(folder).recipe
         found = [(folder / path, title) for path, title in _POLICIES if (folder / path).is_dir()]
+        ended = gates(folder, recipe.rounds.count) if recipe.rounds.count > 1 else []
+        if ended:
+            found = [(folder / "policy", f"kept after round {len(ended)}")]
+            if not found[0][0].is_dir():
+                raise StageError(f"{folder}: no policy was better than the base itself, as {ended[-1]} says.")
         if not found:
             looked = ", ".join(path for path, _ in _POLICIES)
             raise StageError(f"{folder}: has no policy yet (none of {looked}). Run its recipe first.")

@@ -54,6 +54,7 @@ SetOption = Annotated[
     list[str],
     typer.Option("--set", metavar="KEY=VALUE", help="Override a key, such as ppo.updates=20.", show_default=False),
 ]
+RoundOption = Annotated[int, typer.Option("--round", min=1, help="In which round, of a recipe with several.")]
 RunArgument = Annotated[Path, typer.Argument(help="A run folder, such as runs/quickstart.", show_default=False)]
 
 
@@ -62,7 +63,10 @@ def run(
     recipe: RecipeArgument,
     set_: SetOption = [],  # noqa: B006
     from_: Annotated[
-        str | None, typer.Option("--from", metavar="STAGE", help="Run this stage and later ones again.")
+        str | None,
+        typer.Option(
+            "--from", metavar="STAGE", help="Run this stage (of a later round: round-2/ppo) and later ones again."
+        ),
     ] = None,
     until: Annotated[str | None, typer.Option("--until", metavar="STAGE", help="Stop after this stage.")] = None,
     plan_: Annotated[bool, typer.Option("--plan", help="Say what would run, and run and write nothing.")] = False,
@@ -91,14 +95,15 @@ def run(
 
 
 def _stage_command(stage: str) -> Callable[..., None]:
-    def command(recipe: RecipeArgument, set_: SetOption = []) -> None:  # noqa: B006
+    def command(recipe: RecipeArgument, set_: SetOption = [], round_: RoundOption = 1) -> None:  # noqa: B006
         from rlaif.recipe import load_recipe
+        from rlaif.rounds import Step
 
         loaded = load_recipe(Path(recipe), set_)
         from rlaif.pipeline import run_recipe
         from rlaif.progress import Progress
 
-        run_recipe(loaded, Progress(), only=stage)
+        run_recipe(loaded, Progress(), only=str(Step(round_, stage)))
 
     command.__doc__ = STAGE_TITLES[stage]
     return command
@@ -160,6 +165,20 @@ def chat(
         conversation.show(console, conversation.ask(line.strip()))
         if prompt is not None:
             return
+
+
+@app.command()
+def export(
+    engine: Annotated[str, typer.Argument(help="verl or openrlhf.", show_default=False)],
+    folder: RunArgument,
+    output: Annotated[
+        Path | None, typer.Argument(help="Where to write; else export-ENGINE in the run folder.", show_default=False)
+    ] = None,
+) -> None:
+    """Write a run's PPO for verl or OpenRLHF: prompts, reward scorer and settings."""
+    from rlaif.export import export as write
+
+    typer.echo(str(write(engine, folder, output) / "run.sh"))
 
 
 @app.command()

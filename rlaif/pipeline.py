@@ -19,14 +19,16 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from ruamel.yaml import YAML
 
-from rlaif import files, journal
+from rlaif import files, journal, memory_advice
 from rlaif.documents import fingerprint
-from rlaif.errors import ConfigError, JournalError
+from rlaif.errors import JournalError
 from rlaif.progress import Progress
 from rlaif.recipe import Loaded, load_recipe
-from rlaif.stages import processes
+from rlaif.rounds import Step, chosen, steps_of
+from rlaif.stages import gate, processes
 from rlaif.stages.run import Run
 
 STARTED, CHECKPOINTS = "started.json", "checkpoints"
@@ -55,7 +57,7 @@ def run_recipe(
     Args:
         loaded: the checked recipe.
         progress: where to say what happens.
-        first: run this stage and all later ones again, whatever their manifests say.
+        first: run this stage and all later ones again, whatever their manifests say. Of a later round: `round-2/ppo`.
         last: stop after this stage.
         only: run this stage alone.
 
@@ -63,39 +65,35 @@ def run_recipe(
         RlaifError: see the stages; a run folder that another process uses is a JournalError.
     """
     recipe = loaded.recipe
-    for option in (first, last, only):
-        if option is not None and option not in recipe.stages:
-            raise ConfigError(f"{loaded.path}: has no stage `{option}`; its stages: {', '.join(recipe.stages)}.")
-    stages: list[str] = list(recipe.stages)
-    order = list(stages)
-    stages = stages[: order.index(last) + 1] if last else stages
-    stages = [only] if only else stages
-    processes.refuse_unsupported(stages)
+    every = steps_of(recipe.stages, recipe.rounds.count)
+    steps, again = chosen(every, loaded.path, first, last, only)
+    processes.refuse_unsupported([step.stage for step in steps])
     folder = recipe.folder()
     with files.run_lock(folder):
         files.repair_tree(folder)
         with journal.Journal(folder / "journal.db") as book:
             run = Run(loaded, folder, book, progress)
             _write_recipe(run)
-            if first:
-                stages = [stage for stage in stages if order.index(stage) >= order.index(first)]
-            run.check_keys(stages)
-            if first:
-                _forget(run, stages)
-            for stage in stages:
+            steps = again if first else steps
+            run.check_keys(list(dict.fromkeys(step.stage for step in steps)))
+            _forget(run, again)
+            for number, stage in steps:
+                run = run.in_round(number)
                 run_stage(run, stage)
+                if recipe.rounds.count > 1 and stage == "evaluate":
+                    gate.decide(run)
     return folder
 
 
-def _forget(run: Run, stages: list[str]) -> None:
+def _forget(run: Run, steps: list[Step]) -> None:
     """Let stages run anew. All are marked before the first one starts, so continuing needs no ``--from``.
 
     Their answers stay, but what a server has refused is asked again: it may have been started with other limits.
     """
-    for stage in stages:
+    for number, stage in steps:
         run.journal.forget_refused(stage)
         for name in (STARTED, "manifest.json"):
-            (run.stage_folder(stage) / name).unlink(missing_ok=True)
+            (run.in_round(number).stage_folder(stage) / name).unlink(missing_ok=True)
 
 
 def _write_recipe(run: Run) -> None:
@@ -133,20 +131,25 @@ def run_stage(run: Run, stage: str) -> None:
     module = importlib.import_module(f"rlaif.stages.{stage}")
     inputs: dict[str, str] = module.inputs(run)
     reasons = journal.broken(folder, inputs)
+    name = folder.relative_to(run.folder).as_posix()
     if not reasons:
         _tidy(folder)
-        run.progress.say(f"{folder.name}: up to date")
+        run.progress.say(f"{name}: up to date")
         return
-    run.progress.say(f"{folder.name}" + ("" if reasons == ["no manifest"] else f" ({'; '.join(reasons)})"))
+    run.progress.say(name + ("" if reasons == ["no manifest"] else f" ({'; '.join(reasons)})"))
     launched = {"processes": run.processes} if run.processes > 1 and stage in processes.TRAIN_TOGETHER else {}
     if launched:
         run.progress.say(f"  training in {run.processes} processes")
+    gate.withdraw(run)
     # A training goes on with as many processes as it began with; once finished it holds for any number.
-    _prepare(folder, inputs | {name: str(value) for name, value in launched.items()})
+    kept = (folder / CHECKPOINTS).is_dir()
+    if not _prepare(folder, inputs | {name: str(value) for name, value in launched.items()}) and kept:
+        run.progress.say("  what was begun there under other inputs is removed; the stage starts anew")
     began = time.monotonic()
     _reset_peak()
     try:
-        counts = getattr(module, stage)(run)
+        with memory_advice.told(run, stage):
+            counts = getattr(module, stage)(run)
     finally:
         run.release()
     manifest = journal.Manifest(
@@ -181,8 +184,8 @@ def _tidy(folder: Path) -> None:
     (folder / STARTED).unlink(missing_ok=True)
 
 
-def _prepare(folder: Path, inputs: dict[str, str]) -> None:
-    """Empty the stage's folder unless it was left by a run that was stopped under the very same inputs."""
+def _prepare(folder: Path, inputs: dict[str, str]) -> bool:
+    """Empty the stage's folder unless it was left by a run that was stopped under the same inputs; tell whether so."""
     path = folder / STARTED
     try:
         same = json.loads(path.read_text(encoding="utf-8"))["inputs"] == fingerprint(inputs) and not folder.is_symlink()
@@ -191,10 +194,13 @@ def _prepare(folder: Path, inputs: dict[str, str]) -> None:
     if not same:
         files.remove_folder(folder)
     files.write_json(path, {"inputs": fingerprint(inputs)})
+    return same
 
 
 def _reset_peak() -> None:
     """Start a new measurement of peak memory, where the system offers it."""
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.reset_peak_memory_stats()
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
@@ -202,7 +208,9 @@ def _reset_peak() -> None:
 
 
 def peak_memory_gib() -> float:
-    """Return this process's peak resident memory in GiB, since `_reset_peak` on Linux."""
+    """Return the peak memory in GiB since `_reset_peak`: on a GPU what torch reserved there, else what is resident."""
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return torch.cuda.max_memory_reserved() / 2**30
     try:
         status = Path("/proc/self/status").read_text()
         line = next(line for line in status.splitlines() if line.startswith("VmHWM"))

@@ -6,7 +6,8 @@ a missing answer is missing as well, and the count is exact as far as answers ar
 what depends on an adapter that would be trained counts as to be asked. Nothing is written and no stage runs.
 
 Times are estimates: from the speed of earlier answers in the journal and the last run of a stage where there are any,
-else from a few seconds of generation on the model.
+else from a few seconds of generation on the model. Memory is what the memory model says of the stage
+(`rlaif.memory`), beside what its last run took.
 """
 
 import importlib
@@ -15,24 +16,26 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from rlaif import journal
 from rlaif.engines.engine import Answer, Answered, Engine, Question, request_hash
-from rlaif.errors import ConfigError, RlaifError
+from rlaif.errors import RlaifError
 from rlaif.journal import Journal, Manifest
+from rlaif.memory import GIB, Peak
+from rlaif.memory_advice import as_words, capacity, need, tokens_of
 from rlaif.pipeline import journal_copy, peak_memory_gib
 from rlaif.progress import Progress
 from rlaif.recipe import Loaded
-from rlaif.records import read_jsonl
+from rlaif.rounds import Step, chosen, steps_of
+from rlaif.stages import gate
 from rlaif.stages.run import Run
+from rlaif.training_costs import work_of
 
 _ASKING = ("revise", "label", "rejection", "evaluate")
 _TRAINED = {"sft": "adapter", "reward": "adapter", "ppo": "policy", "dpo": "policy", "rejection": "policy"}
-_LETTERS_PER_TOKEN = 4.0
-_BACKWARD = 3.0  # a forward and a backward pass cost about this many forward passes
 _CALIBRATION = {"prompts": 8, "tokens": 16}
 
 
@@ -56,9 +59,11 @@ class StagePlan:
     new_tokens: int = 0
     read_tokens: int = 0
     seconds: float | None = None
-    memory_gib: float | None = None
+    memory_gib: float | None = None  # of its last run, else of the memory model, else while the speed was measured
     basis: str = ""
     note: str = ""
+    memory: Peak | None = None  # by the memory model
+    round: int = 1
 
     @property
     def missing(self) -> list[Question]:
@@ -142,38 +147,39 @@ def plan(loaded: Loaded, *, first: str | None = None, last: str | None = None) -
     Raises:
         RlaifError: what would stop the run before its first answer, such as a broken prompt file.
     """
-    stages: list[str] = list(loaded.recipe.stages)
-    for option in (first, last):
-        if option is not None and option not in stages:
-            raise ConfigError(f"{loaded.path}: has no stage `{option}`; its stages: {', '.join(stages)}.")
-    real = loaded.recipe.folder()
-    label = loaded.recipe.label.model_copy(
-        update={"allow_weak_judge": True, "swap_tolerance": 2.0}
-    )  # a stand-in judges at random
-    rehearsed = loaded.model_copy(update={"recipe": loaded.recipe.model_copy(update={"label": label})})
+    recipe = loaded.recipe
+    steps, again = chosen(steps_of(recipe.stages, recipe.rounds.count), loaded.path, first, last)
+    real = recipe.folder()
     with journal_copy(real) as book, tempfile.TemporaryDirectory() as shadow:
         speed, lengths = _measured(book), _lengths(book)  # before stand-ins' answers are among them
-        run = Rehearsal(rehearsed, Path(shadow), book, Progress(quiet=True))
+        run = Rehearsal(loaded, Path(shadow), book, Progress(quiet=True))
         plans: list[StagePlan] = []
-        for stage in stages[: stages.index(last) + 1] if last else stages:
-            forced = first is not None and stages.index(stage) >= stages.index(first)
-            plans.append(_of_stage(run, real, stage, forced, plans))
+        for step in steps:
+            plans.append(_of_stage(run.in_round(step.round), real, step, step in again, plans))
         work = [one for one in plans if one.reasons and (one.missing or one.stage in _TRAINED)]
         reads = any(one.stage in _TRAINED or any(question.options for question in one.missing) for one in work)
         if (work and speed.written is None) or (reads and speed.read is None):
             speed = _calibrated(run, speed)
-        for one in plans:
-            if one.reasons:
-                _estimate(run, one, journal.read_manifest(real / run.stage_folder(one.stage).name), lengths, speed)
+        for one in (one for one in plans if one.reasons):
+            place = run.in_round(one.round).stage_folder(one.stage).relative_to(run.folder)
+            _estimate(run.in_round(one.round), one, journal.read_manifest(real / place), lengths, speed)
     return plans
 
 
-def _of_stage(run: Rehearsal, real: Path, stage: str, forced: bool, before: list[StagePlan]) -> StagePlan:
+def _lenient(loaded: Loaded) -> Loaded:
+    """Return a recipe that no judge is too weak for: a stand-in judges at random."""
+    label = loaded.recipe.label.model_copy(update={"allow_weak_judge": True, "swap_tolerance": 2.0})
+    return loaded.model_copy(update={"recipe": loaded.recipe.model_copy(update={"label": label})})
+
+
+def _of_stage(run: Run, real: Path, step: Step, forced: bool, before: list[StagePlan]) -> StagePlan:
     """Find out whether a stage would run, and rehearse it where it would."""
+    stage = step.stage
     module = importlib.import_module(f"rlaif.stages.{stage}")
-    folder = real / run.stage_folder(stage).name
+    folder = real / run.stage_folder(stage).relative_to(run.folder)
+    gate.shadow(run, real, changed=any(one.reasons and one.round < run.round for one in before))
     reasons = ["--from"] if forced else journal.broken(folder, module.inputs(run))
-    found = StagePlan(stage, reasons)
+    found = StagePlan(stage, reasons, round=step.round)
     if not reasons:
         run.stage_folder(stage).symlink_to(folder.resolve())
         return found
@@ -181,7 +187,6 @@ def _of_stage(run: Rehearsal, real: Path, stage: str, forced: bool, before: list
         (run.stage_folder(stage) / _TRAINED[stage]).mkdir(parents=True)
         if stage not in _ASKING:
             return found
-        found.note = "the estimate is of its answers; scoring them and training are not in it"
 
     def stand_in(_: str, title: str, engine: Engine, questions: Sequence[Question]) -> Engine:
         found.waves.append(Wave(title, len(questions), []))
@@ -190,7 +195,7 @@ def _of_stage(run: Rehearsal, real: Path, stage: str, forced: bool, before: list
     run.journal.stand_in = stand_in
     rehearse: Callable[[Run], Any] = module.rehearse if hasattr(module, "rehearse") else getattr(module, stage)
     try:
-        rehearse(run)
+        rehearse(replace(run, loaded=_lenient(run.loaded)))
     except RlaifError as problem:
         if not any(one.missing for one in [*before, found]):  # else the stand-in's answers may have led to it
             found.note = f"would stop: {problem}"
@@ -243,52 +248,32 @@ def _calibrated(run: Run, speed: Speed) -> Speed:
 
 def _estimate(run: Run, one: StagePlan, earlier: Manifest | None, lengths: dict[str, int], speed: Speed) -> None:
     """Fill in tokens, time and memory of a stage that would run."""
+    asked = {question.item_id: tokens_of(_text(question)) for question in one.missing}
     for question in one.missing:
-        one.read_tokens += _tokens("".join(turn["content"] for turn in question.messages))
+        one.read_tokens += asked[question.item_id]
         kind = question.item_id.rpartition("/")[2]
         one.new_tokens += 0 if question.options else lengths.get(kind, question.max_new_tokens)
-    one.memory_gib = earlier.peak_memory_gib if earlier else speed.memory_gib
+    one.memory = need(run, one.stage, run.recipe, max(asked.values(), default=None))
+    modelled = one.memory.total / GIB if one.memory else speed.memory_gib
+    one.memory_gib = earlier.peak_memory_gib if earlier else modelled
     one.basis = speed.basis
-    if one.stage in _TRAINED and one.stage not in _ASKING:
-        _estimate_training(run, one, earlier, speed)
-        return
-    if speed.written is None or (speed.read is None and any(q.options for q in one.missing)):
-        return
-    chosen = sum(_tokens("".join(t["content"] for t in q.messages)) for q in one.missing if q.options)
-    one.seconds = one.new_tokens / speed.written + (chosen / speed.read if speed.read else 0.0)
+    chosen = sum(asked[question.item_id] for question in one.missing if question.options)
+    if one.stage in _TRAINED:
+        work = work_of(run, one.stage)
+        one.steps, one.new_tokens = work.steps, one.new_tokens + work.written
+        one.read_tokens += work.read
+        done = earlier.counts.get("updates" if one.stage == "ppo" else "steps") if earlier else None
+        if earlier and done and not one.missing:
+            one.seconds, one.basis = earlier.seconds / done * one.steps, "the stage's last run"
+            return
+        chosen += round(work.passes)
+    rates = ((one.new_tokens, speed.written), (chosen, speed.read))
+    if all(rate or not tokens for tokens, rate in rates):
+        one.seconds = sum(tokens / rate for tokens, rate in rates if rate)
 
 
-def _estimate_training(run: Run, one: StagePlan, earlier: Manifest | None, speed: Speed) -> None:
-    from rlaif.stages.training import steps_of
-
-    settings: Any = getattr(run.recipe, one.stage)
-    if one.stage == "ppo":
-        one.steps = settings.updates
-        responses = settings.updates * settings.rollout_batch * settings.samples_per_prompt
-        one.new_tokens = responses * settings.sampling.max_new_tokens
-        prompts = [_tokens(row.prompt) for row in run.select("train", settings.prompts_per_tag)]
-        whole = one.new_tokens + responses * statistics.fmean(prompts)
-        passes = 3 + _BACKWARD * settings.num_ppo_epochs  # policy, reference and reward read each response once
-    else:
-        source, name = ("revise", "demonstrations") if one.stage == "sft" else ("label", "comparisons")
-        path = run.stage_folder(source) / f"{name}.jsonl"
-        rows = [row for _, row in read_jsonl(path)] if path.is_file() else []
-        sides = [row.get("messages") or [*row["prompt"], *row["chosen"], *row["chosen"]] for row in rows]
-        lengths = [_tokens("".join(turn["content"] for turn in turns)) for turns in sides] or [0]
-        one.steps = steps_of(settings, max(1, round(len(rows) * (1 - settings.heldout_fraction))), run.processes)
-        per_step = settings.per_device_train_batch_size * settings.gradient_accumulation_steps * run.processes
-        whole, passes = one.steps * per_step * statistics.fmean(lengths), _BACKWARD + (one.stage == "dpo")
-    one.read_tokens = round(whole)
-    done = earlier.counts.get("updates" if one.stage == "ppo" else "steps") if earlier else None
-    if earlier and done:
-        one.seconds, one.basis = earlier.seconds / done * one.steps, "the stage's last run"
-    elif speed.read or speed.written:
-        reading = whole * passes / (speed.read or speed.written or 1.0)
-        one.seconds = reading + (one.new_tokens / speed.written if speed.written else 0.0)
-
-
-def _tokens(text: str) -> int:
-    return max(1, round(len(text) / _LETTERS_PER_TOKEN))
+def _text(question: Question) -> str:
+    return "".join(turn["content"] for turn in question.messages)
 
 
 def _lengths(book: Journal) -> dict[str, int]:
@@ -308,9 +293,9 @@ def as_lines(plans: Sequence[StagePlan]) -> Iterator[str]:
     """Write a plan for people."""
     for number, one in enumerate(plans, start=1):
         if not one.reasons:
-            yield f"{number}. {one.stage}: up to date"
+            yield f"{number}. {Step(one.round, one.stage)}: up to date"
             continue
-        yield f"{number}. {one.stage}: would run ({'; '.join(one.reasons)})"
+        yield f"{number}. {Step(one.round, one.stage)}: would run ({'; '.join(one.reasons)})"
         for wave in one.waves:
             yield f"     {wave.title}: {len(wave.missing)} of {wave.asked} answers to ask for"
         if one.waves:
@@ -324,6 +309,7 @@ def as_lines(plans: Sequence[StagePlan]) -> Iterator[str]:
         took = "time unknown" if one.seconds is None else f"about {_duration(one.seconds)}"
         memory = [] if one.memory_gib is None else [f"about {one.memory_gib:.1f} GiB"]
         yield f"     estimate: {', '.join([*work, took, *memory])} (from {one.basis})"
+        yield f"     memory: {as_words(one.memory, capacity())}"
     known = [one.seconds for one in plans if one.reasons and one.seconds is not None]
     unknown = sum(bool(one.reasons) and one.seconds is None for one in plans)
     yield f"estimate for all: about {_duration(sum(known))}" + (f", and {unknown} stages unknown" if unknown else "")
@@ -337,9 +323,10 @@ def _duration(seconds: float) -> str:
 
 def as_json(plans: Sequence[StagePlan]) -> str:
     """Write a plan for programs."""
-    keys = ("stage", "reasons", "steps", "new_tokens", "read_tokens", "seconds", "memory_gib", "basis", "note")
+    keys = ("stage", "round", "reasons", "steps", "new_tokens", "read_tokens", "seconds", "memory_gib", "basis", "note")
     rows = [
         {key: getattr(one, key) for key in keys}
+        | {"memory": one.memory and one.memory._asdict()}
         | {"waves": [vars(wave) | {"missing": [q.item_id for q in wave.missing]} for wave in one.waves]}
         for one in plans
     ]

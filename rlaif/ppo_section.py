@@ -4,11 +4,34 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from rlaif.reward_parts import CompositeSection
-from rlaif.sections import Combination, Fraction, NonNegative, Positive, PositiveFloat, WarmSamplingSection
+from rlaif.health import HealthSection
+from rlaif.reward_parts import CompositeSection, IndependentPart
+from rlaif.sections import Combination, Fraction, NonNegative, Positive, PositiveFloat, Section, WarmSamplingSection
 
 _GROUPS = ("rloo", "grpo", "dr_grpo")  # estimators that compare responses to one prompt
 _ONLY_GAE = {"gamma", "lam", "cliprange_value", "vf_coef", "critic", "whiten_rewards"}
+
+
+class ConstraintSection(Section):
+    """A limit to what responses cost on average, kept by a multiplier (PPO-Lagrangian)."""
+
+    cost: str | None = Field(None, min_length=1, description="`reward`: of this run's stage, else a `4-reward` folder")
+    function: str | None = Field(None, min_length=1, description="a registered function; higher costs more")
+    threshold: Annotated[float, Field(allow_inf_nan=False)] = Field(0.0, description="highest mean cost of a response")
+    lambda_init: NonNegative = Field(1.0, description="score that a unit of cost is worth at first; 0 stays 0")
+    lambda_lr: NonNegative = Field(0.1, description="learning rate of log lambda; 0: lambda stays as it is")
+    lambda_max: PositiveFloat = 5.0
+    lambda_update_delay_steps: int = Field(0, ge=0, description="updates that leave lambda at lambda_init")
+    episode_cost_window_size: Positive = Field(128, description="latest responses whose mean cost moves lambda")
+
+    @model_validator(mode="after")
+    def _fits(self) -> "ConstraintSection":
+        if bool(self.cost) == bool(self.function):
+            given = "both are given" if self.cost else "none is given"
+            raise ValueError(f"a constraint has one source, cost (an adapter) or function; {given}")
+        if self.lambda_init > self.lambda_max:
+            raise ValueError(f"lambda_init {self.lambda_init:g} is above lambda_max {self.lambda_max:g}")
+        return self
 
 
 class PpoSection(CompositeSection):
@@ -19,6 +42,7 @@ class PpoSection(CompositeSection):
     updates: Positive = Field(50, description="iterations of sample, score, optimize")
     rollout_batch: Positive = Field(16, description="prompts per iteration")
     samples_per_prompt: Positive = 1
+    sampling_batch: Positive | None = Field(None, description="responses sampled at a time; absent: all of an update's")
     minibatch: Positive = Field(16, description="responses per optimizer step")
     microbatch: Positive = Field(8, description="responses per forward and backward pass")
     num_ppo_epochs: Positive = 4
@@ -41,6 +65,13 @@ class PpoSection(CompositeSection):
     cliprange_value: PositiveFloat = 0.2
     vf_coef: NonNegative = 0.1
     entropy_coef: NonNegative = 0.0
+    final_entropy_coef: NonNegative | None = Field(
+        None, description="entropy_coef goes linearly to it, which the last update has"
+    )
+    final_temperature: PositiveFloat | None = Field(None, description="sampling.temperature goes to it likewise")
+    reference_share: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="probability that the reference draws a response in place of the policy"
+    )
     kl_coef: NonNegative = 0.05
     kl_in: Literal["auto", "reward", "loss"] = Field("auto", description="k1 in the reward, or k3 in the loss")
     kl_target: PositiveFloat | None = Field(None, description="nats per response; adapts kl_coef")
@@ -50,10 +81,15 @@ class PpoSection(CompositeSection):
     critic: Literal["auto", "trunk", "adapter"] = Field("auto", description="auto: trunk on a CPU, adapter on a GPU")
     reward_function: str | None = Field(None, description="a registered scoring function instead of the reward model")
     reward_model: Combination = Combination()
+    independent: list[IndependentPart] = Field(
+        [], description="parts of a score that the policy does not optimize, as in `rewards`; absent: none"
+    )
+    constraint: ConstraintSection | None = Field(None, description="a limit to the cost of responses (PPO-Lagrangian)")
     ptx_coef: NonNegative = Field(0.0, description="weight of the loss on plain text (PPO-ptx); 0: none")
     ptx_file: str | None = Field(None, min_length=1, description="plain text, or JSON lines with the column `text`")
     ptx_length: Annotated[int, Field(gt=1)] = Field(256, description="tokens in a chunk of the text")
     ptx_batch: Positive = Field(8, description="chunks per optimizer step")
+    health: HealthSection = HealthSection()
     save_every_updates: Positive = 1
     sample_every_updates: Positive = 1
 
@@ -91,6 +127,65 @@ class PpoSection(CompositeSection):
         if self.ptx_coef and not self.ptx_file:
             raise ValueError("ptx_coef is above 0, but ptx_file names no text to learn from")
         return self
+
+    @model_validator(mode="after")
+    def _independent_is(self) -> "PpoSection":
+        """Refuse an independent score from what the reward is made of."""
+        if len({part.name for part in self.independent}) < len(self.independent):
+            raise ValueError("independent: two parts have one name; give each its own")
+        optimized = [(part.source, part.function) for part in self.rewards]
+        if not self.rewards:
+            own = self.reward_function
+            optimized = [("judge", None) if own == "judge" else ("function", own) if own else ("model", None)]
+        for part in self.independent:
+            if (part.source, part.function) in optimized:
+                raise ValueError(
+                    f"independent: the part `{part.name}` ({part.function or part.source}) is what the policy "
+                    "optimizes; name a function, judge, cost or member of the reward model that is not in the reward"
+                )
+        sources = [part.source for part in self.independent if part.source != "function"]
+        if len(set(sources)) < len(sources):
+            raise ValueError("independent: one source stands in two parts; each but `function` can be given once")
+        if any(part.member for part in self.independent) and ("model", None) not in optimized:
+            raise ValueError("independent: `member` is one of the reward model that is optimized; here give `model`")
+        return self
+
+    @model_validator(mode="after")
+    def _schedules_have_an_end(self) -> "PpoSection":
+        scheduled = sorted({"final_entropy_coef", "final_temperature"} & self.changed)
+        if scheduled and self.updates == 1:
+            raise ValueError(f"{scheduled[0]} is what the last of several updates has, and updates is 1")
+        return self
+
+    def temperature_at(self, update: int) -> float:
+        """Return what divides the logits of policy and reference in an update, counted from 0."""
+        return self._on_the_way(self.sampling.temperature, self.final_temperature, update)
+
+    def entropy_coef_at(self, update: int) -> float:
+        """Return the weight of the entropy bonus in an update, counted from 0."""
+        return self._on_the_way(self.entropy_coef, self.final_entropy_coef, update)
+
+    def _on_the_way(self, first: float, last: float | None, update: int) -> float:
+        return first if last is None else first + (last - first) * update / (self.updates - 1)
+
+    @model_validator(mode="after")
+    def _constraint_fits(self) -> "PpoSection":
+        if self.constraint and self.whiten_rewards:
+            raise ValueError(
+                "whiten_rewards gives rewards another unit in each update, and constraint compares them with costs; "
+                "leave one of them out"
+            )
+        if self.constraint and self.constraint.cost and any(part.cost for part in [*self.rewards, *self.independent]):
+            raise ValueError("the cost is a part of rewards or independent, and constraint limits it; leave one out")
+        return self
+
+    @property
+    def costs(self) -> dict[str, str]:
+        """Where cost adapters come from, by the key that names them."""
+        named = [("ppo.rewards", part.cost) for part in self.rewards]
+        named += [("ppo.independent", part.cost) for part in self.independent]
+        named += [("ppo.constraint", self.constraint.cost)] if self.constraint else []
+        return {key: cost for key, cost in named if cost}
 
     @property
     def has_critic(self) -> bool:

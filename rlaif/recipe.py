@@ -20,6 +20,7 @@ from rlaif.policy_sections import DpoSection, RejectionSection
 from rlaif.policy_sections import SftSection as SftSection
 from rlaif.ppo_section import PpoSection as PpoSection
 from rlaif.reward_parts import OWN_STAGE, find_cost_stage
+from rlaif.rounds import OPTIMIZERS, RoundsSection
 from rlaif.sections import Combination as Combination
 from rlaif.sections import EvaluateSection as EvaluateSection
 from rlaif.sections import Fraction, Positive, Section
@@ -124,6 +125,7 @@ class Recipe(Section):
     system_prompt: str | None = Field(None, min_length=1, description="system turn of prompts that bring none")
     feedback: Literal["ai", "human", "mixed"] = "ai"
     stages: list[Stage] = Field(list(STAGES), min_length=1)
+    rounds: RoundsSection = RoundsSection()
     engines: dict[str, Endpoint] = Field({}, description="servers that may answer, by name")
     ray: RaySection = RaySection()
     revise: ReviseSection = ReviseSection()
@@ -152,8 +154,12 @@ class Recipe(Section):
     @field_validator("stages")
     @classmethod
     def _in_order(cls, stages: list[Stage]) -> list[Stage]:
-        if len(set(stages)) < len(stages) or stages != sorted(stages, key=ORDER.index):
-            raise ValueError(f"stages run in this order, each once: {', '.join(ORDER)}")
+        early = "ppo" in stages[1:] and stages[stages.index("ppo") - 1] == "rejection"  # Llama 2: PPO on top of it
+        listed = [stage for stage in stages if not (early and stage == "rejection")]
+        if len(set(stages)) < len(stages) or listed != sorted(listed, key=ORDER.index):
+            raise ValueError(
+                f"stages run in this order, each once: {', '.join(ORDER)}; `rejection` may stand just before `ppo`"
+            )
         return stages
 
     @model_validator(mode="after")
@@ -164,6 +170,11 @@ class Recipe(Section):
             )
         if "ppo" in self.stages:
             self._rewards()
+        if "reward" in self.stages and self.ppo.reward_model.ensemble == "uncertainty" and self.reward.members == 1:
+            raise ValueError(
+                "ppo.reward_model.ensemble is `uncertainty`, and the reward model has one member, which agrees with "
+                "itself; raise reward.num_heads or reward.num_adapters"
+            )
         for stage, source in _SOURCES.items():
             if stage in self.stages and source not in self.stages:
                 raise ValueError(f"{stage} needs the stage `{source}` before it")
@@ -172,19 +183,47 @@ class Recipe(Section):
             raise ValueError("label.method `revision` needs the stage `revise` before it")
         if "label" in self.stages and self.feedback != "human" and self.label.method == "judge":
             self._candidates()
+        if self.rounds.count > 1:
+            self._can_be_repeated()
         return self
+
+    def _can_be_repeated(self) -> None:
+        """Refuse rounds that could not learn anything new, or not tell whether they had."""
+        said = f"rounds is {self.rounds.count}"
+        if not set(OPTIMIZERS) & set(self.stages):
+            raise ValueError(f"{said}, and no stage trains a policy in each; add one of: {', '.join(OPTIMIZERS)}")
+        if "evaluate" not in self.stages:
+            raise ValueError(f"{said}, and the gate at the end of each needs the stage `evaluate`; add it")
+        if self.rounds.gate == "judge" and not self.evaluate.judge_prompts_per_tag:
+            raise ValueError(
+                "rounds.gate is `judge`, and evaluate.judge_prompts_per_tag is 0; raise it, or let the gate be `score`"
+            )
+        scored = "reward" in self.stages or ("ppo" in self.stages and (self.ppo.reward_function or self.ppo.rewards))
+        if self.rounds.gate == "score" and not scored:
+            raise ValueError("rounds.gate is `score`, and the recipe has no reward to score with; let it be `judge`")
+        if "label" in self.stages and self.label.candidates in ("policies", "file"):
+            raise ValueError(
+                f"{said}, and label.candidates is `{self.label.candidates}`, whose pairs are the same in each; "
+                "`samples` or `revision` is expected"
+            )
 
     def _rewards(self) -> None:
         """Refuse a reward from a stage that the recipe does not have."""
         parts, has_reward = self.ppo.rewards, "reward" in self.stages
         if not (parts or has_reward or self.ppo.reward_function):
             raise ValueError("ppo needs the stage `reward` before it, or ppo.reward_function or ppo.rewards")
-        for part in parts:
+        named = [("rewards", part) for part in parts] + [("independent", part) for part in self.ppo.independent]
+        for key, part in named:
             if part.model and not has_reward:
-                raise ValueError(f"the part `{part.name}` of ppo.rewards needs the stage `reward` before it")
-            if part.cost == OWN_STAGE and not (has_reward and self.reward.cost):
+                raise ValueError(f"the part `{part.name}` of ppo.{key} needs the stage `reward` before it")
+        for key, cost in self.ppo.costs.items():
+            if cost == OWN_STAGE and not (has_reward and self.reward.cost):
+                raise ValueError(f"{key}: the cost needs the stage `reward` before it, with reward.cost: true")
+        for part in self.ppo.independent:
+            if part.member and part.member > self.reward.members:
                 raise ValueError(
-                    f"the part `{part.name}` of ppo.rewards needs the stage `reward` before it, with reward.cost: true"
+                    f"the part `{part.name}` of ppo.independent is member {part.member} of the reward model, which has "
+                    f"{self.reward.members}: reward.num_adapters x reward.num_heads"
                 )
 
     def _candidates(self) -> None:
@@ -265,7 +304,7 @@ def load_recipe(path: Path, overrides: list[str] = []) -> Loaded:  # noqa: B006
         reference=find("recipes", recipe.label.reference, here) if recipe.label.reference else None,
         adapters={name: _adapter(name, here) for name in _adapters_named(recipe.label)},
         start=None if recipe.reward.start_from in ("sft", "base") else _adapter(recipe.reward.start_from, here),
-        cost_stage=find_cost_stage(recipe.ppo.rewards, here),
+        cost_stage=find_cost_stage(recipe.ppo.costs, here),
         ptx_file=_text_file(recipe.ppo.ptx_file, here) if recipe.ppo.ptx_file else None,
     )
 

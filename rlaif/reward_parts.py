@@ -1,7 +1,7 @@
 """The parts that PPO's reward may be put together from, as a recipe lists them: `ppo.rewards` and how they combine."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -16,6 +16,7 @@ _LOGITS = ("model", "cost", "function")
 class RewardPart(Section):
     """One part of a composite reward: a name and exactly one source."""
 
+    sources: ClassVar[tuple[str, ...]] = SOURCES
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="stands in metrics and samples")
     model: bool = Field(False, description="scores: the reward model of the stage `reward`")
     cost: str | None = Field(
@@ -29,23 +30,32 @@ class RewardPart(Section):
 
     @model_validator(mode="after")
     def _one_source(self) -> "RewardPart":
-        given = [source for source in SOURCES if getattr(self, source)]
-        if len(given) != 1:
+        given = [source for source in dict.fromkeys((*SOURCES, *self.sources)) if getattr(self, source)]
+        if len(given) != 1 or given[0] not in self.sources:
             raise ValueError(
-                f"the part `{self.name}` has {' and '.join(given) or 'no source'}; exactly one of {', '.join(SOURCES)} "
-                "is expected"
+                f"the part `{self.name}` has {' and '.join(given) or 'no source'}; exactly one of "
+                f"{', '.join(self.sources)} is expected"
             )
         return self
 
     @property
     def source(self) -> str:
         """The key that says where the part comes from."""
-        return next(source for source in SOURCES if getattr(self, source))
+        return next(source for source in self.sources if getattr(self, source))
 
     @property
     def is_penalty(self) -> bool:
         """Whether the part is taken off what the scores combine to, instead of being one of them."""
         return self.source in ("length", "repetition")
+
+
+class IndependentPart(RewardPart):
+    """One part of the score that the policy does not optimize."""
+
+    sources: ClassVar[tuple[str, ...]] = ("member", "model", "cost", "function", "judge")
+    member: Annotated[int, Field(ge=2)] | None = Field(
+        None, description="scores: this output of the reward model, which the reward then does without"
+    )
 
 
 class CompositeSection(Section):
@@ -109,18 +119,20 @@ class CompositeSection(Section):
             )
 
 
-def find_cost_stage(parts: list[RewardPart], here: Path) -> Path | None:
-    """Return another run's folder that a part of the reward names for its cost adapter; None where no part does.
+def find_cost_stage(costs: dict[str, str], here: Path) -> Path | None:
+    """Return another run's folder that is named for its cost adapter, by the key that names it; None where none is.
 
     Raises:
         ConfigError: it holds none, neither beside the recipe (`here`) nor in the working folder.
     """
-    for name in [part.cost for part in parts if part.cost and part.cost != OWN_STAGE]:
+    for key, name in costs.items():
+        if name == OWN_STAGE:
+            continue
         for root in (here, Path.cwd()):
             if (root / name / "cost" / "adapter" / "adapter_config.json").is_file():
                 return (root / name).resolve()
         raise ConfigError(
-            f"ppo.rewards: no cost adapter in `{name}`; looked for cost/adapter in it, beside the recipe and in the "
+            f"{key}: no cost adapter in `{name}`; looked for cost/adapter in it, beside the recipe and in the "
             f"working folder. Name `{OWN_STAGE}` for this run's own, or a folder such as runs/NAME/4-reward."
         )
     return None

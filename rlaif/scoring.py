@@ -18,6 +18,7 @@ from rlaif.model.sampling import batches_by_length
 from rlaif.pipeline import open_run
 from rlaif.progress import Progress
 from rlaif.recipe import ModelSection
+from rlaif.rounds import newest_of
 from rlaif.sections import Combination
 from rlaif.stages.reward_model import (
     CALIBRATION,
@@ -61,7 +62,7 @@ def find(path: Path, base: str | None) -> Place:
         ModelError: the folder is none of these.
         StageError: the stage has not finished, or an earlier version has written it.
     """
-    stage = path / _STAGE if (path / "recipe.yaml").is_file() else path
+    stage = newest_of(path, _STAGE) if (path / "recipe.yaml").is_file() else path
     if (stage / "adapter_config.json").is_file():
         adapters, scales = [stage], _scales_beside(stage)
     elif stage != path or (stage / CALIBRATION).is_file() or (stage / "adapter").is_dir():

@@ -201,7 +201,9 @@ class Combination(Section):
     ensemble: Literal["mean", "worst", "uncertainty"] = Field(
         "mean", description="mean, least, or mean less uncertainty_coef times the variance of the members"
     )
-    uncertainty_coef: NonNegative = Field(0.5, description="for `uncertainty`; per deviation of the scores")
+    uncertainty_coef: Annotated[float, Field(allow_inf_nan=False)] = Field(
+        0.5, description="for `uncertainty`, per deviation of the scores: above 0 a penalty, below 0 a bonus"
+    )
 
 
 class RewardSection(TrainingSection):
@@ -228,6 +230,11 @@ class RewardSection(TrainingSection):
     allow_weak_reward: bool = Field(False, description="let `ppo` start below min_heldout_accuracy")
     suspects: int = Field(50, ge=0, description="labels listed that the model disbelieves most; 0: not looked for")
     microbatch: Positive = Field(8, description="rows per forward pass when scoring")
+
+    @property
+    def members(self) -> int:
+        """How many scores the reward model gives of one response."""
+        return self.num_adapters * self.num_heads
 
     @model_validator(mode="after")
     def _watched(self) -> "RewardSection":

@@ -23,7 +23,8 @@ from rlaif.principles import Principle
 from rlaif.progress import Progress
 from rlaif.prompt_sets import line_of
 from rlaif.records import read_jsonl, text_of
-from rlaif.stages.rejection import newest_policy
+from rlaif.rounds import ONCE
+from rlaif.stages.gate import KEPT, first_policy, kept_policy, newest_policy, starting_policy
 from rlaif.stages.revise import unquoted, whole_sentences
 from rlaif.stages.run import Run, path_sha256
 from rlaif.tree import Node
@@ -54,11 +55,13 @@ def trace(folder: Path, row_id: str) -> list[Node]:
     """
     loaded = open_run(folder)
     with journal_copy(folder) as book:
-        found = _Ancestry(Run(loaded, folder, book, Progress(quiet=True))).rows(row_id)
+        run = Run(loaded, folder, book, Progress(quiet=True))
+        rounds = [run.in_round(number) for number in range(1, loaded.recipe.rounds.count + 1)]
+        found = [node for one in rounds for node in _Ancestry(one).rows(row_id)]
     if found:
         return found
-    run = Run(loaded, folder, book, Progress(quiet=True))
-    known = {str(row.get("id")) for stage, name, _ in _FILES for _, row in _rows(run.stage_folder(stage) / name)}
+    files = {one.stage_folder(stage) / name for one in rounds for stage, name, _ in _FILES}
+    known = {str(row.get("id")) for path in files for _, row in _rows(path)}
     near = difflib.get_close_matches(row_id, sorted(known), n=3, cutoff=0.5)
     hint = f"Did you mean {' or '.join(f'`{one}`' for one in near)}?" if near else "Ids stand in the rows' column `id`."
     raise DataError(f"{folder}: no row has the id `{row_id}`, in any of {len(known)} rows of its stages. {hint}")
@@ -69,7 +72,7 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 class _Ancestry:
-    """Builds nodes from the files, the journal and the constitution of one run."""
+    """Builds nodes from the files, the journal and the constitution of one round of a run."""
 
     def __init__(self, run: Run):
         self._run = run
@@ -80,12 +83,17 @@ class _Ancestry:
         return _rows(self._run.stage_folder(stage) / name)
 
     def _place(self, stage: str, name: str, line: int) -> str:
-        return f"{self._run.stage_folder(stage).name}/{name}:{line}"
+        return f"{self._in_run(self._run.stage_folder(stage))}/{name}:{line}"
+
+    def _in_run(self, path: Path) -> str:
+        return path.relative_to(self._run.folder).as_posix()
 
     def rows(self, row_id: str) -> list[Node]:
-        """Return a node for each row with this id."""
+        """Return a node for each row of this round with this id; the first round has those of stages that run once."""
         found = []
         for stage, name, what in _FILES:
+            if stage in ONCE and self._run.round > 1:
+                continue
             for line, row in self._stage_rows(stage, name):
                 if row.get("id") == row_id:
                     found.append(self._row(what, row, self._place(stage, name, line)))
@@ -118,29 +126,42 @@ class _Ancestry:
             node.sources += self._answers("evaluate", f"{prompt_id}/eval", row["text"], "answer")
         elif what == "sample to choose from":
             node.sources += self._answers("rejection", f"{prompt_id}/rejection", row["response"], "answer")
-        if row.get("policy") == "base":
-            return node
-        trained = [("sft", "2-sft/adapter", "demonstrations.jsonl", "revise", "demonstration")]
-        policy = row.get("policy", "ppo")
+        if row.get("policy") == KEPT:
+            kept = kept_policy(self._run)
+            node.sources += _Ancestry(self._run.in_round(kept.round))._training(kept.stage, prompt_id)
+        elif row.get("policy") != BASE:
+            node.sources += self._training(row.get("policy", "ppo"), prompt_id)
+        return node
+
+    def _training(self, policy: str, prompt_id: str) -> list[Node]:
+        """Return the adapters that made a policy what it is, each with the rows of one prompt that it learned from."""
+        start = first_policy(self._run) if policy == "sft" else starting_policy(self._run, policy)
+        trained, nodes = [], []
+        if start.stage == "sft":
+            trained.append(("sft", "adapter", "demonstrations.jsonl", "revise", "demonstration"))
+        elif start.adapter:
+            began = Node(f"{start.stage} adapter: {_WHY['sft']}", "", self._in_run(start.adapter))
+            began.sources = _Ancestry(self._run.in_round(start.round))._training(start.stage, prompt_id)
+            nodes.append(began)
         if policy in ("ppo", "rejection"):
-            trained.append(("reward", "4-reward/adapter", "comparisons.jsonl", "label", "comparison"))
+            trained.append(("reward", "adapter", "comparisons.jsonl", "label", "comparison"))
         if policy == "rejection":
-            trained.append(("rejection", "8-rejection/policy", "responses.jsonl", "rejection", "sample to choose from"))
+            trained.append(("rejection", "policy", "responses.jsonl", "rejection", "sample to choose from"))
         if policy == "dpo":
-            trained.append(("dpo", "7-dpo/policy", "comparisons.jsonl", "label", "comparison"))
+            trained.append(("dpo", "policy", "comparisons.jsonl", "label", "comparison"))
         for stage, place, name, source, kind in trained:
             if stage not in self._run.recipe.stages:
                 continue
             of = _WHY.get(stage, "the policy itself")
-            path = self._run.folder / place
-            adapter = Node(f"{stage} adapter: {of}", "", place, {"sha256": path_sha256(path)[:16]})
+            path = self._run.stage_folder(stage) / place
+            adapter = Node(f"{stage} adapter: {of}", "", self._in_run(path), {"sha256": path_sha256(path)[:16]})
             rows = list(self._stage_rows(source, name))
-            adapter.facts["trained on"] = f"{len(rows)} rows of {self._run.stage_folder(source).name}/{name}"
+            adapter.facts["trained on"] = f"{len(rows)} rows of {self._in_run(self._run.stage_folder(source))}/{name}"
             own = [(line, one) for line, one in rows if _prompt_id(one) == prompt_id]
             adapter.sources = [self._row(kind, one, self._place(source, name, line)) for line, one in own]
             adapter.note = "" if own else "none of these rows is of this prompt"
-            node.sources.append(adapter)
-        return node
+            nodes.append(adapter)
+        return nodes
 
     def _comparison(self, row: dict[str, Any], where: str) -> Node:
         origin, votes = row["provenance"], row["votes"]
@@ -242,17 +263,18 @@ class _Ancestry:
         return [self._unit("label", unit, "judgement") for unit in units]
 
     def _unit(self, stage: str, unit: Unit, what: str) -> Node:
-        policy = (
-            stage != "revise" and not unit.result.get("logprobs") and unit.item_id.endswith(("response", "contrast"))
-        )
-        adapter = self._run.stage_folder("sft") / "adapter"
+        sampled = unit.item_id.endswith(("response", "contrast")) and not unit.result.get("logprobs")
+        adapter = None
         if stage == "rejection":
-            policy, adapter = True, newest_policy(self._run)[1] or adapter
+            adapter = newest_policy(self._run, stage).adapter
+        elif stage != "revise" and sampled:
+            adapter = kept_policy(self._run).adapter
+        drawn = (unit.item_id, unit.sample)
         facts = {
             "request": unit.request_hash[:16],
             "model": self._run.model_of(self._asked(stage, unit)),
-            "adapter": path_sha256(adapter)[:16] if policy and adapter.is_dir() else "none",
-            "seed": self._run.seed(unit.item_id, unit.sample),
+            "adapter": path_sha256(adapter)[:16] if adapter and adapter.is_dir() else "none",
+            "seed": self._run.in_round(1 if stage in (*ONCE, "evaluate") else self._run.round).seed(*drawn),
             "sample": unit.sample,
             "tokens": unit.tokens,
         }

@@ -179,7 +179,7 @@ def test_a_part_that_says_none_of_a_response_does_not_apply_to_it(opened, functi
         (
             ["letters", "some"],
             {"combine": "gate", "gate_safety": "some", "gate_helpfulness": "letters"},
-            "score 1 is None",
+            "score 1 .*is None",
         ),
     ],
 )
@@ -275,8 +275,14 @@ def test_the_order_in_which_parts_are_listed_changes_nothing(opened, functions):
     assert samples(one) == samples(other)
 
 
+# The first four responses have letters where they have no capitals, and so equal sums.
+GO_ON = {"stop": []}
+
+
 def test_a_run_cut_off_and_resumed_keeps_the_scales_of_the_first_rollout(opened, functions, monkeypatch):
-    whole, resumed = (opened(name, rewards=[LETTERS, CAPITALS, LONG], updates=2) for name in ("whole", "resumed"))
+    whole, resumed = (
+        opened(name, rewards=[LETTERS, CAPITALS, LONG], health=GO_ON, updates=2) for name in ("whole", "resumed")
+    )
     ppo.ppo(whole)
     score = ppo.score
 
@@ -298,7 +304,7 @@ def test_a_run_cut_off_and_resumed_keeps_the_scales_of_the_first_rollout(opened,
 
 
 def test_evaluation_scores_on_the_scale_of_ppo(opened, functions):
-    run = opened(rewards=[LETTERS, CAPITALS], updates=2)
+    run = opened(rewards=[LETTERS, CAPITALS], health=GO_ON, updates=2)
     ppo.ppo(run)
     rows = samples(run)[4:]
     prompts, batch = made_up()

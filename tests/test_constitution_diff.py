@@ -194,6 +194,7 @@ def test_an_example_that_is_never_shown_changes_nothing(made):
     assert (counted["chains"]["again"], counted["votes"]["again"], chains, asked) == (0, 0, set(), set())
 
 
+@pytest.mark.slow
 def test_votes_of_a_judge_follow_the_comparison_question(made):
     counted, chains, asked = made("judge", "Which one helps more?", "Which one is of more help?")
     assert counted["chains"]["again"] == len(chains) == 0
@@ -228,6 +229,7 @@ def test_votes_follow_what_their_way_of_judging_shows(made, label, old, new, rea
     assert len(asked) == pairs
 
 
+@pytest.mark.slow
 def test_votes_on_a_policy_that_is_trained_again_are_new(made, tmp_path):
     counted, chains, _ = made("judge", "The answer keeps the law.", "The answer follows the law.")
     reworded = counted["votes"]["again"]
@@ -247,6 +249,7 @@ def test_votes_on_a_policy_that_is_trained_again_are_new(made, tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_votes_by_contrast_follow_the_principles_of_the_system_prompt(made):
     counted, _, asked = made("contrast", "The answer keeps the law.", "The answer follows the law.")
     assert counted["votes"]["reasons"] == {"the principles of its system prompt changed": 18}

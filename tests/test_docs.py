@@ -17,6 +17,7 @@ from pydantic_core import PydanticUndefined
 from rlaif import constitution as constitutions
 from rlaif import errors
 from rlaif.cli import app
+from rlaif.health import INDEPENDENT, INDEPENDENT_SPREAD, KINDS, HealthSection
 from rlaif.maths import agreement
 from rlaif.recipe import PpoSection, Recipe, load_recipe
 from rlaif.records import Comparison, Demonstration, Prompt, Ranking, Rating, Row
@@ -27,7 +28,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = {path.name: path.read_text(encoding="utf-8") for path in sorted(DOCS.glob("*.md"))}
 ALL = "\n".join([README, *PAGES.values()])
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-METRIC = re.compile(r"(rollout|policy|value|kl|ptx)/[a-z_]+")
+METRIC = re.compile(r"(rollout|policy|value|cost_value|constraint|kl|ptx)/[a-z_]+")
 CHANGES = ["Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"]
 
 
@@ -111,7 +112,11 @@ def keys_of(model: type[BaseModel], default: Any = PydanticUndefined, prefix: st
     for name, field in model.model_fields.items():
         kind, inner = field.annotation, get_args(field.annotation)
         value = getattr(default, name) if isinstance(default, BaseModel) else field.get_default()
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
+        optional = next((one for one in inner if isinstance(one, type) and issubclass(one, BaseModel)), None)
+        if type(None) in inner and optional:
+            yield f"{prefix}{name}", value
+            yield from keys_of(optional, PydanticUndefined, f"{prefix}{name}.")
+        elif isinstance(kind, type) and issubclass(kind, BaseModel):
             if value is PydanticUndefined:
                 yield f"{prefix}{name}", value
             yield from keys_of(kind, value, f"{prefix}{name}.")
@@ -149,8 +154,15 @@ def test_the_table_of_ppo_defaults_has_the_defaults_of_the_code() -> None:
     assert documented == {key: written(defaults[key]) for key in documented}
     own_affair = {"prompts_per_tag", "reward_function", "save_every_updates", "sample_every_updates", "combine"}
     own_affair |= {"gate_safety", "gate_helpfulness", "gate_tags", "ptx_file"}
-    own_affair |= {key for key in defaults if key.startswith("rewards")}
+    own_affair |= {"constraint", "constraint.cost", "constraint.function"}
+    own_affair |= {key for key in defaults if key.startswith(("rewards", "independent", "health"))}
     assert documented.keys() == defaults.keys() - own_affair
+
+
+def test_the_table_of_health_has_every_rule_with_its_limit() -> None:
+    limits = dict(keys_of(HealthSection, HealthSection()))
+    documented = {ticked(cells[0])[0]: cells[1] for cells in rows(PAGES["ppo.md"], "## Health")[1:]}
+    assert documented == {kind: written(limits[kind]) if kind in limits else "always" for kind in KINDS}
 
 
 def yaml_blocks() -> list[tuple[str, str]]:
@@ -199,12 +211,16 @@ def test_every_code_of_a_problem_is_explained_and_no_other() -> None:
 
 def metric_keys() -> set[str]:
     """Return the metric keys that stand in PPO's code, and the two that it puts together from parts."""
-    tree = ast.parse((ROOT / "rlaif" / "stages" / "ppo.py").read_text(encoding="utf-8"))
-    texts = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    stages = ROOT / "rlaif" / "stages"
+    names = ("ppo", "exploration", "constraint")
+    sources = [(stages / f"{name}.py").read_text(encoding="utf-8") for name in names]
+    nodes = [node for source in sources for node in ast.walk(ast.parse(source))]
+    texts = {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
     whole = {text for text in texts if METRIC.fullmatch(text)}
     assert "/gradient_norm" in texts or {"policy/gradient_norm", "value/gradient_norm"} <= whole
     of_parts = {"rollout/score/NAME", "rollout/score_std/NAME"}  # stages/composite.py puts them together
-    return whole | {"policy/gradient_norm", "value/gradient_norm"} | of_parts
+    norms = {f"{role}/gradient_norm" for role in ("policy", "value", "cost_value")}
+    return whole | norms | {INDEPENDENT, INDEPENDENT_SPREAD} | of_parts
 
 
 def test_every_metric_of_ppo_is_explained_and_no_other() -> None:

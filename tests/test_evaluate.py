@@ -330,7 +330,7 @@ def test_prompt_sets_without_eval_prompts_stop(make: Maker) -> None:
     ("changed", "expected"),
     [
         ({}, []),
-        ({"evaluate": {"batch_size": 2}}, ["recipe.evaluate"]),
+        ({"evaluate": {"batch_size": 2}}, []),
         ({"label": {"few_shot": 1}}, ["judge"]),
         ({"label": {"min_strength": 1}}, []),
         ({"label": {"verdict_clamp": 0.7}}, ["judge"]),

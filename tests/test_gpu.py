@@ -161,3 +161,14 @@ def test_recomputation_under_another_role_is_refused_from_autograds_own_thread(f
         loss = policy_loss(base)
     with pytest.raises(RoleError, match="`policy` came after"):
         loss.backward()
+
+
+def test_five_roles_of_a_1b_base_take_the_memory_that_the_model_says(tmp_path):
+    from test_bench import loaded, told
+
+    from rlaif.stages.run import Run
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "load_base", Run.load_base)  # the script puts another in its place
+        found = loaded("gpu").measure(told(shape="1b", prompt=256, new=128, rollout=16, microbatch=4), tmp_path)
+    assert found["peak_gib"] == pytest.approx(found["expected_tensors_gib"], rel=0.2)

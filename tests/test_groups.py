@@ -7,7 +7,7 @@ from tiny_roles import PROJECTIONS, add_stirred, clear, gradients, load
 
 from rlaif.errors import RoleError
 from rlaif.model import lora, sampling
-from rlaif.model.groups import Group, hidden_at_ends, joined, score_groups
+from rlaif.model.groups import Group, hidden_at_ends, score_groups
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -99,23 +99,6 @@ def test_what_else_stands_in_a_batch_changes_no_score(tiny_model):
         assert hidden_at_ends(base, GROUPS).shape == (7, base.hidden_size)
     torch.testing.assert_close(alone, together, **CLOSE)
     torch.testing.assert_close(backwards, together, **CLOSE)
-
-
-def test_groups_whose_prompts_begin_alike_are_one_group_with_the_same_scores(tiny_model):
-    groups = [
-        Group([1, 70, 71, 72], [[100, 2], [110, 111, 2]]),
-        Group([1, 70, 71, 72, 73], [[100, 2]]),
-        Group([1, 70, 71, 60, 72], [[5, 2]]),
-    ]
-    one = joined(groups)
-    assert (one.prompt, one.responses[2]) == ([1, 70, 71], [72, 73, 100, 2])
-    assert joined([Group([4], [[5]]), Group([6], [[7]])]) == Group([], [[4, 5], [6, 7]])
-    assert joined(groups[:1] * 2) == Group([1, 70, 71, 72], groups[0].responses * 2)
-    base = load(tiny_model)
-    add_stirred(base, "reward", 1, head=True)
-    with torch.no_grad(), base.acting_as("reward"):
-        assert torch.allclose(score_groups(base, "reward", [one]), score_groups(base, "reward", groups), **CLOSE)
-    assert rows_of([one])[2][0] + rows_of([one])[2][1] == groups[1].prompt + groups[1].responses[0]
 
 
 def test_no_gradient_reaches_a_response_of_another_group_or_its_sibling(tiny_model):

@@ -33,14 +33,15 @@ PLAIN = {
     "prompting",
     "transcripts",
     "prompt_sets",
-    *("recipe", "policy_sections", "ppo_section", "reward_parts", "sections"),
+    *("recipe", "policy_sections", "ppo_section", "health", "reward_parts", "rounds", "sections"),
     "steering",
     "filters",
     "sameness",
-    *("files", "journal", "launch", "progress"),
+    *("decoders", "files", "journal", "launch", "memory", "progress"),
 }
 TOP = {"report", "pipeline", "trace", "tree", "plan", "chat", "environment", "induce", "judging", "scoring"}
-TOP |= {"reward_server", "reward_service"}
+TOP |= {"reward_server", "reward_service", "export", "export_settings", "verl_reward"}
+TOP |= {"memory_advice", "training_costs"}
 COMMANDS = {"__main__", "cli", "constitution_cli", "reward_cli"}
 ALLOWED = {
     "plain": set(),

@@ -14,7 +14,8 @@ from rlaif.records import Comparison, Ranking, Rating, read_rows
 from rlaif.report.reading import Quality
 from rlaif.report.wording import label_findings
 from rlaif.stages import label
-from rlaif.stages.people import people_labels
+from rlaif.stages.candidates import Engines
+from rlaif.stages.people import People, people_labels
 from rlaif.stages.run import Run
 from rlaif.trace import trace
 
@@ -22,6 +23,10 @@ Maker = Callable[..., Run]
 PAIRS = [{"prompt": f"How is number {n}?", "chosen": f"good {n}", "rejected": f"bad {n}"} for n in range(3)]
 RATINGS = [{"prompt": "Why?", "response": f"Answer {n}.", "rating": n, "annotator": "ann"} for n in range(4)]
 RANKINGS = [{"prompt": "Why?", "responses": ["a", "b", "c"], "tag": "t"}]
+
+
+def labels_of(run: Run) -> People:
+    return people_labels(run, Engines(run))
 
 
 @pytest.fixture
@@ -90,14 +95,14 @@ def test_contradictions_are_found_across_files_and_kept(make: Maker) -> None:
 
 
 def test_a_row_that_stands_in_two_files_counts_once_whatever_its_kind(make: Maker) -> None:
-    people = people_labels(make(RATINGS, RATINGS[:1], RANKINGS, RANKINGS))
+    people = labels_of(make(RATINGS, RATINGS[:1], RANKINGS, RANKINGS))
     assert (len(people.ratings), len(people.rankings), people.more) == (4, 1, {"ratings": 4, "rankings": 1})
     assert [row["reason"] for row in people.unused] == ["stands in two files"] * 2
 
 
 def test_with_ai_feedback_no_file_is_read(make: Maker) -> None:
     run = make(PAIRS, engine=ScriptedEngine(usual, prefers("good", 2.0)), feedback="ai")
-    assert people_labels(run) == ([], [], [], [], 0)
+    assert labels_of(run) == ([], [], [], [], 0, frozenset())
 
 
 def test_weights_signs_and_the_safety_order_arrive(make: Maker) -> None:

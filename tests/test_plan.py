@@ -17,6 +17,7 @@ from rlaif.errors import ConfigError
 from rlaif.pipeline import _write_recipe, run_stage
 from rlaif.plan import Speed, StagePlan, as_lines
 from rlaif.stages.run import Run
+from rlaif.training_costs import work_of
 
 Maker = Callable[..., Run]
 HOUSES = [{"id": f"p{n}", "prompt": f"How do I rob house {n}?", "tag": HARM} for n in range(12)]
@@ -186,6 +187,7 @@ def test_a_plan_is_written_in_words(make: Maker) -> None:
     assert list(as_lines([plan])) == [
         "1. sft: would run (no manifest)",
         "     estimate: 4 steps, 1200 tokens read, 0 written, about 36 s, about 1.2 GiB (from a measurement)",
+        "     memory: unknown; the model is not on this machine, or of a kind that docs/memory.md has no equations for",
         "estimate for all: about 36 s",
     ]
 
@@ -200,3 +202,67 @@ def test_the_command_prints_the_plan_or_json_and_makes_no_report(make: Maker, tm
     assert not (tmp_path / "run" / "report.html").exists()
     wrong = CliRunner().invoke(app, ["run", str(tmp_path / "recipe.yaml"), "--json"])
     assert isinstance(wrong.exception, ConfigError)
+
+
+def test_the_plan_says_what_memory_a_stage_needs_and_of_what(make: Maker, tiny_model: Path) -> None:
+    run = make(ScriptedEngine(usual), model=str(tiny_model))
+    (found,) = planned(run)
+    assert found.memory is not None and found.memory.phase == "sampling"
+    assert found.memory_gib == found.memory.total / 2**30
+    told = next(line for line in as_lines([found]) if line.startswith("     memory: "))
+    assert told == "     memory: about 0.7 GiB at its peak (sampling): process 0.7"
+    (row,) = json.loads(plans.as_json([found]))
+    assert row["memory"]["phase"] == "sampling" and row["memory"]["cache"] > 0
+    (unknown,) = planned(make(ScriptedEngine(usual)))
+    assert unknown.memory is None and "memory: unknown" in "\n".join(as_lines([unknown]))
+
+
+def test_plain_text_beside_ppo_counts_a_pass_with_gradients_for_each_optimizer_step(
+    make: Maker, tmp_path: Path
+) -> None:
+    (tmp_path / "text.txt").write_text("Once upon a time.")
+    settings = {"updates": 2, "rollout_batch": 4, "minibatch": 2, "microbatch": 2, "num_ppo_epochs": 3}
+    settings |= {"reward_function": "brief", "critic": "trunk", "ptx_file": "text.txt"}
+    without, with_text = (
+        planned(make(ScriptedEngine(usual), stages=["ppo"], ppo={**settings, "ptx_coef": coef}))[0]
+        for coef in (0.0, 0.5)
+    )
+    steps, tokens = 2 * 3 * 2, 8 * 256  # of the optimizer; of text in each
+    assert with_text.read_tokens - without.read_tokens == steps * tokens
+    assert with_text.seconds - without.seconds == pytest.approx(steps * tokens * 3 / 100.0, abs=0.02)  # type: ignore[operator]
+
+
+def test_rejection_counts_its_answers_their_scores_and_the_training_on_the_best(make: Maker) -> None:
+    stages = ["label", "reward", "rejection"]
+    settings = {"stages": stages, "label": {"few_shot": 0, "allow_weak_judge": True, "self_test_rows": 0}}
+    own = {
+        "samples_per_prompt": 3,
+        "max_steps": 5,
+        "per_device_train_batch_size": 4,
+        "sampling": {"max_new_tokens": 20},
+    }
+    found = planned(make(ScriptedEngine(usual), rejection=own, **settings))[-1]
+    assert len(found.missing) == 36 and found.new_tokens == 36 * 20 and found.steps == 5
+    length = (10 * 5 + 2 * 6) / 12 + 20  # ten prompts have 21 letters and two have 22; and the answers
+    read, scored, trained = 3 * (10 * 5 + 2 * 6), 36 * length, 5 * 4 * length
+    assert found.read_tokens == read + round(scored + trained) and found.note == ""
+    assert found.seconds == pytest.approx(36 * 20 / 10.0 + (scored + 3 * trained) / 100.0)
+
+
+def test_a_reward_model_on_a_base_of_its_own_costs_as_many_times_more_as_it_is_larger(
+    make: Maker, tiny_model: Path, tiny_model_64: Path
+) -> None:
+    def seconds(**reward: Any) -> float:
+        keys = {"stages": ["label", "reward"], "reward": {"max_steps": 5, "start_from": "base", **reward}}
+        run = make(ScriptedEngine(usual), model=str(tiny_model), label={"method": "contrast"}, **keys)
+        folder = run.stage_folder("label")
+        folder.mkdir(parents=True, exist_ok=True)
+        turns = {side: [{"role": "assistant", "content": "x" * 80}] for side in ("chosen", "rejected")}
+        row = {"prompt": [{"role": "user", "content": "x" * 40}], **turns}
+        (folder / "comparisons.jsonl").write_text(json.dumps(row) + "\n")
+        return work_of(run, "reward").passes
+
+    small = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64) + 2 * 259 * 32  # numbers but for the norms
+    large = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128) + 2 * 259 * 64
+    assert seconds() == 5 * 8 * 60 * 3
+    assert seconds(model=str(tiny_model_64)) == pytest.approx(5 * 8 * 60 * 3 * large / small)

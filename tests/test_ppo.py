@@ -109,7 +109,8 @@ def test_further_columns_of_padding_change_nothing(opened, critic):
             wide(batch.response_ids, (0, 3), value=pad),
             wide(batch.response_mask, (0, 3)),
         ),
-        *(wide(part, (0, 3)) for part in rollout[1:]),
+        *(wide(part, (0, 3)) for part in rollout[1:6]),
+        rollout.weights,
     )
     narrow, figures = step_of(run, actors, rollout)
     padded, figures_of_padded = step_of(run, actors, wider)

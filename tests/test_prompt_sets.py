@@ -32,6 +32,7 @@ from rlaif.prompting import load_template
 from rlaif.recipe import load_recipe
 from rlaif.records import Demonstration, read_rows
 from rlaif.stages import construction, evaluate, label, revise
+from rlaif.stages.candidates import Engines
 from rlaif.stages.people import people_labels
 from rlaif.stages.run import Run
 
@@ -306,7 +307,7 @@ def test_labels_by_people_are_read_under_the_recipes_system_prompt(make: Maker, 
     row = {"prompt": "Why?", "chosen": "So.", "rejected": "No."}
     written(tmp_path / "labels.jsonl", [row])
     run = make(feedback="human", human={"files": ["labels.jsonl"]}, system_prompt="Be brief.")
-    (comparison,) = people_labels(run).comparisons
+    (comparison,) = people_labels(run, Engines(run)).comparisons
     assert [turn["content"] for turn in comparison.prompt] == ["Be brief.", "Why?"]
 
 

@@ -11,7 +11,7 @@ from rlaif.engines.local import LocalEngine
 from rlaif.errors import DataError, StageError
 from rlaif.maths.kl import best_of_n
 from rlaif.model import sampling
-from rlaif.stages import rejection, sft
+from rlaif.stages import gate, rejection, sft
 from rlaif.stages.reward_model import RewardModel
 from rlaif.stages.run import path_sha256
 
@@ -174,7 +174,7 @@ def test_the_newest_policy_is_sampled_from(opened, stages, policy, place, monkey
         init(self, base, role, **options)
 
     monkeypatch.setattr(LocalEngine, "__init__", watched)
-    assert rejection.newest_policy(run) == (policy, run.folder / place)
+    assert gate.newest_policy(run, "rejection") == (policy, 1, run.folder / place)
     rejection.rehearse(run)
     assert asked == [("sampler", path_sha256(run.folder / place))]
     changed = rejection.inputs(run)
@@ -184,7 +184,7 @@ def test_the_newest_policy_is_sampled_from(opened, stages, policy, place, monkey
 
 def test_without_any_policy_the_base_is_sampled_from(opened):
     run = opened(stages=("label", "reward", "rejection"), max_steps=1)
-    assert rejection.newest_policy(run) == ("base", None)
+    assert gate.newest_policy(run, "rejection") == ("base", 1, None)
     assert rejection.rejection(run)["steps"] == 1
 
 

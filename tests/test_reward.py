@@ -385,6 +385,7 @@ SAFETY = [
 ]
 
 
+@pytest.mark.slow
 def test_the_cost_adapter_learns_the_sign_and_the_order_of_harm_and_keeps_its_zero(opened):
     run = opened(rows=SAFETY, cost=True, max_steps=24, num_train_epochs=20.0, per_device_train_batch_size=4)
     counts = reward.reward(run)

@@ -186,6 +186,7 @@ def test_preferences_come_in_the_order_of_the_rows_and_their_prompts_in_any_batc
     assert {one for own in alone for one in own} == {True, False}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_thread", "no_sync")
 def test_the_stage_lists_what_disbelieved_labels_share_and_its_calibration_what_was_found(tmp_path, tiny_model):
     labels = rows(60, wrong=12, trigger="SUDO", noise=0.0)

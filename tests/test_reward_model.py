@@ -6,11 +6,12 @@ import pytest
 import tiny_runs
 import torch
 
-from rlaif.errors import StageError
+from rlaif.errors import DataError, StageError
 from rlaif.model import sampling
 from rlaif.model.groups import Group
 from rlaif.model.roles import SharedBase
 from rlaif.recipe import Combination, ModelSection
+from rlaif.records import Prompt
 from rlaif.stages.reward_model import RewardModel, Scale, closed, part_folder, read_calibration, roles_of
 
 GROUPS = [Group([1, 70, 71], [[80, 2], [81, 82, 2]]), Group([1, 72], [[83, 2]])]
@@ -53,6 +54,32 @@ def test_members_are_put_together_on_one_scale(base, combination, expected):
     model = RewardModel(base, [], [Scale(1.0, 1.0), Scale(5.0, 1.0)], combination)
     assert model.combine(torch.tensor([[3.0, 4.0]])).item() == pytest.approx(expected)
     assert model.scale == Scale(0.0, 1.0)
+
+
+def test_some_members_alone_say_what_they_say_among_all_and_only_their_roles_are_run(base, monkeypatch):
+    stirred(base, "reward", 2, 0)
+    stirred(base, "reward-2", 2, 1)
+    scales = [Scale(float(n), 1.0 + n) for n in range(4)]
+    model = RewardModel(base, ["reward", "reward-2"], scales, Combination())
+    every = model.members(GROUPS)
+    kept, held_out = model.only(1, 2, 3), model.only(4)
+    assert torch.equal(kept.members(GROUPS), every[:, :3])
+    assert torch.equal(held_out.score(GROUPS), every[:, 3])
+    assert (held_out.roles, held_out.scale) == (["reward-2"], scales[3])
+    expected = sum((every[:, n] - n) / (1 + n) for n in range(3)) / 3
+    assert torch.allclose(kept.score(GROUPS), expected, atol=1e-6)
+    weight, offset = model.only(1, 3, 4).critic_start()  # of the first adapter the first head alone
+    assert torch.allclose(weight, base.head_weight("reward")[:1])
+    assert offset == 0.0
+
+
+def test_a_response_that_does_not_fit_the_context_of_a_model_on_its_own_base_is_named(base):
+    stirred(base, "reward", 1, 0)
+    model = RewardModel(base, ["reward"], [Scale(0.0, 1.0)], Combination())
+    base.max_length = 60
+    rows = [Prompt(id="short", prompt="a"), Prompt(id="long", prompt="a" * 60)]
+    with pytest.raises(DataError, match="`long`: prompt and response have .* its context holds 60. Shorten the prompt"):
+        model.score_responses(None, rows, ["b", "b"], None, 2)
 
 
 def test_one_member_keeps_its_number_whatever_the_combination(base):

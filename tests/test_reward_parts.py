@@ -82,7 +82,7 @@ def test_a_part_says_where_it_comes_from(tmp_path: Path) -> None:
         ({"rewards": [MODEL]}, "the part `m` of ppo.rewards needs the stage `reward` before it"),
         (
             {"rewards": [{"name": "c", "cost": "reward"}]},
-            "the part `c` of ppo.rewards needs the stage `reward` before it, with",
+            "ppo.rewards: the cost needs the stage `reward` before it, with",
         ),
         (
             {"rewards": [{"name": "c", "cost": "runs/other/4-reward"}]},

@@ -55,6 +55,11 @@ def test_what_is_no_finite_number_is_an_error(scores: list[Any], complaint: str)
     assert str(caught.value) == complaint
 
 
+def test_a_score_that_is_no_number_is_named_with_its_prompt_where_that_is_known() -> None:
+    with pytest.raises(DataError, match=r"score 1 \(of a response to `q`\) is nan"):
+        call_function("f", lambda **columns: [1.0, float("nan")], ["P", "Q"], ["R", "S"], id=["p", "q"])
+
+
 @pytest.mark.parametrize(
     ("text", "score"),
     [

@@ -56,6 +56,7 @@ def test_the_smallest_id_of_a_group_stays_and_the_order_of_rows_changes_nothing(
     assert near_duplicates(rows, 0.82) == {"c": "a"}
 
 
+@pytest.mark.slow
 def test_hashing_misses_hardly_any_pair_that_the_exact_share_finds() -> None:
     draw = random.Random(7)
     found = expected = 0

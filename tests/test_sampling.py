@@ -6,6 +6,7 @@ import torch
 from scipy.stats import chisquare
 from tiny_roles import PROMPTS, RESPONSES, add_stirred, load
 
+from rlaif.errors import ModelError
 from rlaif.model import drawing, sampling, slots
 from rlaif.model.roles import BASE
 
@@ -75,6 +76,20 @@ def test_greedy_responses_are_those_of_transformers(ends_early, prompts):
     for response, expected in zip(sample(base, prompts, temperature=0), whole[:, width:].tolist(), strict=True):
         end = next((index for index, token in enumerate(expected) if token in eos), 8)
         assert response.ids == expected[: end + 1]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_no_numbers_stop_sampling_with_role_token_and_response(base, temperature, monkeypatch):
+    project, calls = base.logits, []
+
+    def broken(hidden):
+        calls.append(0)
+        logits = project(hidden)
+        return logits.fill_(torch.nan) if len(calls) == 3 else logits
+
+    monkeypatch.setattr(base, "logits", broken)
+    with pytest.raises(ModelError, match="role `policy`: the probabilities of token 3 of response 1 are no numbers"):
+        sample(base, [[1, 70, 71]], temperature=temperature, seeds=[3])
 
 
 def test_greedy_takes_the_most_probable_token_whatever_the_seed(base):

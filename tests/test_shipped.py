@@ -56,7 +56,7 @@ def triples(text: str) -> set[tuple[str, ...]]:
 
 def test_the_shipped_files_are_those_of_the_repository() -> None:
     assert names(CONSTITUTIONS) == ["harmless", "helpful-honest"]
-    assert names(RECIPES) == ["human", "known-reward", "quickstart"]
+    assert names(RECIPES) == ["human", "known-cost", "known-reward", "quickstart"]
     asked = ["break", "compare", "continue", "contrast", "critique", "gather", "instruct", "keep", "propose", "rate"]
     assert names(TEMPLATES) == [*asked, "revise", "revise_directly", "weigh"]
     assert set(names(PROMPT_SETS)) == TAGS
@@ -196,6 +196,12 @@ def test_the_human_recipe_takes_its_labels_from_a_file_that_is_usable_throughout
         assert {row.split for row in imported.comparisons} == {"train"}  # reward.heldout_fraction splits them
         known = {plain(row.prompt) for row in ALL_PROMPTS}
         assert [row.id for row in imported.comparisons if plain(text_of(row.prompt)) in known] == []
+
+
+def test_the_known_cost_recipe_limits_what_it_pays_for_so_that_its_optimum_is_the_limit() -> None:
+    found = recipe(shipped("recipes") / "known-cost.yaml").recipe
+    assert found.ppo.constraint and found.ppo.constraint.function == found.ppo.reward_function == "brief"
+    assert found.stages == ["ppo", "evaluate"]
 
 
 def test_the_known_reward_recipe_needs_no_labels_and_no_reward_model() -> None:

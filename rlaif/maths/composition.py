@@ -29,14 +29,15 @@ def worst_score(members: Tensor) -> Tensor:
 
 
 def uncertainty_weighted(members: Tensor, coef: float) -> Tensor:
-    """Return the mean score minus what the members' disagreement costs: ``mean - coef * variance``.
+    """Return the mean score minus what disagreement costs, or plus what it earns: ``mean - coef * variance``.
 
     Uncertainty-weighted optimization (Coste et al. 2023, arXiv 2310.02743). The variance is over M, not
     M - 1, so that one member alone has none; the paper's code takes the one in one place and the other in another.
 
     Args:
         members: `[B, M]`.
-        coef: in one over the unit of the scores; 0 is the mean.
+        coef: in one over the unit of the scores; 0 is the mean, and below 0 disagreement is worth something: optimism
+            in the face of uncertainty, which explores what the members do not know.
 
     Returns:
         `[B]`.

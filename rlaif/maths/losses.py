@@ -113,7 +113,14 @@ def clipped_policy_loss(
     )
 
 
-def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip: float) -> ValueLoss:
+def clipped_value_loss(
+    values: Tensor,
+    old_values: Tensor,
+    returns: Tensor,
+    mask: Tensor,
+    clip: float,
+    weights: Tensor | float = 1.0,
+) -> ValueLoss:
     """Return half the squared error of the values, pessimistic about moves beyond the clip range.
 
     Per token ``0.5 * max((v - R)^2, (v' - R)^2)``, where v' is v kept within `clip` of the old value (Huang
@@ -125,6 +132,7 @@ def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask
         returns: the targets, `[B, T]`; no gradient.
         mask: `[B, T]`.
         clip: in units of the values; `math.inf` turns clipping off.
+        weights: what rows count, `[B, 1]`; no gradient.
 
     Returns:
         The loss and one figure.
@@ -135,9 +143,29 @@ def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask
     unclipped = (values - returns).square()
     clipped = (within - returns).square()
     return ValueLoss(
-        loss=0.5 * masked_mean(torch.maximum(unclipped, clipped), mask),
+        loss=0.5 * masked_mean(torch.maximum(unclipped, clipped) * weights, mask),
         clip_fraction=masked_mean(clipped > unclipped, mask),
     )
+
+
+@torch.no_grad()
+def mixture_weights(log_ratio: Tensor, share: Tensor) -> Tensor:
+    """Return what a response counts that was drawn from policy or reference, so that means are those of the policy.
+
+    With probability `share` the policy p draws it, else the reference q: its probability is ``b = share * p + (1 -
+    share) * q``. With the importance weight ``p / b`` the mean of ``weight * f`` over such responses is the mean of f
+    over the policy's. The weight does not ask who drew the response (the balance heuristic, Veach and Guibas 1995,
+    "Optimally Combining Sampling Techniques"), and is never above ``1 / share``, so nothing has to be truncated. By
+    Bayes' rule it is the probability that the policy drew the response, divided by `share`.
+
+    Args:
+        log_ratio: log policy - log reference of whole responses, `[B]`.
+        share: above 0, at most 1, `[B]`.
+
+    Returns:
+        `[B]`, exactly 1 where `share` is 1.
+    """
+    return torch.sigmoid(torch.logit(share) + log_ratio) / share
 
 
 def entropy(logits: Tensor) -> Tensor:

@@ -61,19 +61,34 @@ def masked_var(x: Tensor, mask: Tensor) -> Tensor:
     return masked_mean((x - masked_mean(x, mask)).square(), mask)
 
 
-def masked_whiten(x: Tensor, mask: Tensor, *, center: bool = True) -> Tensor:
+def weighted_moments(x: Tensor, mask: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return mean and (biased) variance of the kept entries, where rows count their weights.
+
+    Args:
+        x: floating point, `[B, T]`.
+        mask: `[B, T]`; True keeps.
+        weights: `[B, 1]`, not negative; None: 1 each.
+    """
+    counted = torch.ones_like(x) if weights is None else weights.expand_as(x)
+    share = masked_mean(counted, mask)
+    mean = masked_mean(counted * x, mask) / share
+    return mean, masked_mean(counted * (x - mean).square(), mask) / share
+
+
+def masked_whiten(x: Tensor, mask: Tensor, *, center: bool = True, weights: Tensor | None = None) -> Tensor:
     """Scale the kept entries to unit (biased) variance, and by default shift them to mean 0.
 
     Args:
         x: floating point, `[B, T]`.
         mask: `[B, T]`; True keeps.
         center: False puts the mean back after scaling, so that mean(x) is unchanged.
+        weights: what rows count in mean and variance, `[B, 1]`, not negative; None: 1 each.
 
     Returns:
         `[B, T]`, 0 outside the mask. Equal entries give 0 (their mean where `center` is False).
     """
-    mean = masked_mean(x, mask)
-    whitened = (x - mean) * torch.rsqrt(masked_var(x, mask) + WHITEN_EPSILON)
+    mean, variance = weighted_moments(x, mask, weights)
+    whitened = (x - mean) * torch.rsqrt(variance + WHITEN_EPSILON)
     return zero_outside(whitened if center else whitened + mean, mask)
 
 

@@ -24,7 +24,8 @@ def draw(logits: Tensor, uniform: Tensor, temperature: float, top_p: float) -> t
     """Choose one token a row from logits ``[B, V]``; return ids and log-probabilities, both ``[B]``.
 
     The token is where the cumulative distribution reaches the row's number. Probabilities are summed by chunks of the
-    vocabulary, so that only the chunk in which the number falls is looked at token by token.
+    vocabulary, so that only the chunk in which the number falls is looked at token by token. The log-probability is NaN
+    where the logits are no numbers.
     """
     if temperature == 0:
         token = logits.argmax(-1)
@@ -35,7 +36,7 @@ def draw(logits: Tensor, uniform: Tensor, temperature: float, top_p: float) -> t
     total = weights.sum(-1, dtype=torch.float64)
     if top_p < 1:
         weights = _nucleus(weights, top_p * total)
-    token = _invert(weights, uniform)
+    token = _invert(weights, uniform).clamp_max(logits.shape[-1] - 1)  # beyond only where logits are no numbers
     logprobs = scaled.gather(-1, token.unsqueeze(-1)) - highest - total.log().unsqueeze(-1)
     return token, logprobs.squeeze(-1).to(logits.dtype)
 

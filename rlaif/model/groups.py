@@ -1,17 +1,17 @@
-"""Score the responses of a prompt together, with gradients: each prompt is computed once, and nothing is padded.
+"""Rows beside each other in one pass, with gradients: nothing is padded, and common beginnings are computed once.
 
-All tokens of all groups go through a model as one packed row ``[1, N]``: a group's prompt, its first response, its
-second one and so on. The positions of every response begin at the prompt's length, and attention alone knows which
-token belongs to whom: it is replaced for the length of a pass, as it is for generation (`rlaif.model.attention`). A
-prompt and its first response are one causal sequence; each further response attends to the prompt and to itself. A
-score is what a padded pass over whole rows would give, beyond the rounding of sums, and so are the gradients.
+All tokens of all rows go through a model as one packed row ``[1, N]``: a group's prompt and its first response, then
+its further responses without the prompt. A row that begins like an earlier one (a system prompt, a worked example) has
+only what differs. Attention alone knows which token belongs to whom: it is replaced for the length of a pass, as it is
+for generation (`rlaif.model.attention`), and each token attends to the row that it stands in. A score is what a padded
+pass over whole rows would give, beyond the rounding of sums, and so are the gradients.
 
 Models whose attention cannot be replaced take the padded pass.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate, takewhile
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from rlaif.model import sampling
 from rlaif.model.roles import SharedBase
+from rlaif.model.slots import MIN_SHARED_PREFIX, common
 
 
 @dataclass(frozen=True)
@@ -32,68 +33,86 @@ class Group:
     responses: Sequence[Sequence[int]]
 
 
-def joined(groups: Sequence[Group]) -> Group:
-    """Make one group of several whose prompts begin alike; what differs of a prompt comes before each response to it.
+class _Piece(NamedTuple):
+    """What a packed pass holds of a row: its tokens after those that it begins with like an earlier row."""
 
-    Its responses are those of the first group, of the second one and so on, and are scored as they were.
-    """
-    alike = takewhile(lambda ids: len(set(ids)) == 1, zip(*(group.prompt for group in groups), strict=False))
-    shared = [ids[0] for ids in alike]
-    responses = [[*group.prompt[len(shared) :], *response] for group in groups for response in group.responses]
-    return Group(shared, responses)
+    size: int
+    parent: int  # the earlier row
+    shared: int  # tokens that are the parent's; 0 where the piece is the whole row
 
 
 class Layout:
-    """Which token of a packed pass over groups belongs to whom; takes the place of `attention.Step`."""
+    """Which token of a packed pass over groups belongs to whom; takes the place of `attention.Step`.
+
+    Rows are numbered in the order of the groups and of the responses in them.
+    """
 
     def __init__(self, groups: Sequence[Group], device: torch.device):
-        """Lay groups out; see `ids`, `positions` and `ends`."""
-        self.ids = [token for group in groups for part in (group.prompt, *group.responses) for token in part]
-        # Pieces of the packed row: [prompt, first response], then each further response; and the prompt's length.
-        self._pieces = [
-            (len(group.prompt) * (not index) + len(response), len(group.prompt), not index)
-            for group in groups
-            for index, response in enumerate(group.responses)
-        ]
-        self._sizes = [size for size, _, _ in self._pieces]
-        starts = [0 if first else prompt for _, prompt, first in self._pieces]
-        places = [torch.arange(start, start + size) for start, size in zip(starts, self._sizes, strict=True)]
-        self.positions = torch.cat(places).unsqueeze(0).to(device)  # [1, N]
-        self.ends = torch.tensor(list(accumulate(self._sizes)), device=device) - 1  # of each response, in order
+        """Lay groups out; see `ids`, `positions`, `places` and `ends`."""
+        self.ids: list[int] = []
+        self.places: list[list[int]] = []  # of each row: where its tokens stand, those of the prompt as well
+        self._pieces: list[_Piece] = []
+        firsts: dict[int, list[int]] = {}  # the first row of each group
+        for group in groups:
+            parent, shared = -1, 0
+            for number, response in enumerate(group.responses):
+                row = [*group.prompt, *response]
+                if not number:
+                    parent, shared = _nearest(row, firsts)
+                    firsts[len(self.places)] = row
+                self._add(row, parent, shared)
+                if not number:
+                    parent, shared = len(self.places) - 1, len(group.prompt)
+        self._sizes = [piece.size for piece in self._pieces]
+        starts = [torch.arange(piece.shared, piece.shared + piece.size) for piece in self._pieces]
+        self.positions = torch.cat(starts).unsqueeze(0).to(device)  # [1, N]
+        self.ends = torch.tensor([place[-1] for place in self.places], device=device)  # of each row
         self._masks: dict[tuple[int, int], Tensor] = {}
 
+    def _add(self, row: list[int], parent: int, shared: int) -> None:
+        own = range(len(self.ids), len(self.ids) + len(row) - shared)
+        self.places.append([*(self.places[parent][:shared] if shared else ()), *own])
+        self._pieces.append(_Piece(len(own), parent, shared))
+        self.ids += row[shared:]
+
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
-        """Let each token attend to its prompt and its response: ``[heads, N, size]`` to ``[1, N, heads, size]``."""
+        """Let each token attend to its row up to itself: ``[heads, N, size]`` to ``[1, N, heads, size]``."""
         # One split and one join: slices and written slices would each have a full-size gradient.
-        queries, keys, values = (torch.split(part.unsqueeze(0), self._sizes, 2) for part in (query, key, value))
+        split = (torch.split(part.unsqueeze(0), self._sizes, 2) for part in (query, key, value))
         found: list[Tensor] = []
-        own_key = own_value = prompt_key = prompt_value = key
-        for index, (size, prompt, first) in enumerate(self._pieces):
-            if first:
-                own_key, own_value = keys[index], values[index]
-                prompt_key, prompt_value = own_key[:, :, :prompt], own_value[:, :, :prompt]
-            else:
-                own_key = torch.cat([prompt_key, keys[index]], 2)
-                own_value = torch.cat([prompt_value, values[index]], 2)
+        rows: list[tuple[Tensor, Tensor]] = []  # keys and values of whole rows
+        for (size, parent, shared), queries, keys, values in zip(self._pieces, *split, strict=True):
+            if shared:
+                keys, values = (
+                    torch.cat([whole[:, :, :shared], own], 2)
+                    for whole, own in zip(rows[parent], (keys, values), strict=True)
+                )
+            rows.append((keys, values))
             found.append(
                 scaled_dot_product_attention(
-                    queries[index],
-                    own_key,
-                    own_value,
-                    attn_mask=None if first else self._mask(prompt, size, query),
-                    is_causal=first,
+                    queries,
+                    keys,
+                    values,
+                    attn_mask=self._mask(shared, size, query) if shared else None,
+                    is_causal=not shared,
                     scale=scaling,
                     enable_gqa=len(query) != len(key),
                 )
             )
         return torch.cat(found, 2).transpose(1, 2)
 
-    def _mask(self, prompt: int, size: int, like: Tensor) -> Tensor:
-        """Return what is added to the scores of a further response, ``[size, prompt + size]``."""
-        if (prompt, size) not in self._masks:
-            hidden = torch.ones(size, prompt + size, dtype=torch.bool, device=like.device).triu(prompt + 1)
-            self._masks[prompt, size] = torch.zeros_like(hidden, dtype=like.dtype).masked_fill_(hidden, -torch.inf)
-        return self._masks[prompt, size]
+    def _mask(self, shared: int, size: int, like: Tensor) -> Tensor:
+        """Return what is added to the scores of a row's own tokens, ``[size, shared + size]``."""
+        if (shared, size) not in self._masks:
+            hidden = torch.ones(size, shared + size, dtype=torch.bool, device=like.device).triu(shared + 1)
+            self._masks[shared, size] = torch.zeros_like(hidden, dtype=like.dtype).masked_fill_(hidden, -torch.inf)
+        return self._masks[shared, size]
+
+
+def _nearest(row: list[int], earlier: dict[int, list[int]]) -> tuple[int, int]:
+    """Return the earlier row that this one begins like, and for how many tokens; a row keeps its last token."""
+    found = max(((common(row[:-1], other), -number) for number, other in earlier.items()), default=(0, 1))
+    return (-found[1], found[0]) if found[0] >= MIN_SHARED_PREFIX else (-1, 0)
 
 
 def hidden_at_ends(base: SharedBase, groups: Sequence[Group]) -> Tensor:

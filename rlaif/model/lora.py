@@ -53,16 +53,18 @@ def _weight(layer: nn.Linear) -> Tensor:
 
 
 def _fits(layer: Any, x: Tensor) -> bool:
-    """Whether a call is a training pass of one plain adapter, in one floating-point type throughout."""
+    """Whether a call is a training pass of one plain adapter, in one floating-point type throughout.
+
+    In training mode a pass without gradients counts as well, so that it gives the numbers of one with them to the bit.
+    """
     active = [name for name in layer.active_adapters if name in layer.lora_A]
     if len(active) != 1 or layer.disable_adapters or layer.merged or active[0] in layer.lora_variant:
         return False
     base, a, b = layer.base_layer, layer.lora_A[active[0]], layer.lora_B[active[0]]
     of_base = base.compute_dtype if isinstance(base, Linear4bit) else base.weight.dtype
     return (
-        torch.is_grad_enabled()
+        (layer.training or _differentiates(x, a.weight, b.weight))
         and not torch.is_autocast_enabled(x.device.type)
-        and (x.requires_grad or a.weight.requires_grad or b.weight.requires_grad)
         and a.bias is None
         and b.bias is None
         and isinstance(layer.lora_dropout[active[0]], nn.Identity)
@@ -70,6 +72,10 @@ def _fits(layer: Any, x: Tensor) -> bool:
         and (base.bias is None or (not base.bias.requires_grad and base.bias.dtype == x.dtype))
         and not base.weight.requires_grad
     )
+
+
+def _differentiates(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def _forward(layer: Any, usual: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

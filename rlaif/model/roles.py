@@ -24,7 +24,7 @@ from transformers import Cache
 from rlaif import files
 from rlaif.errors import ModelError, RoleError
 from rlaif.model import attention, lora
-from rlaif.model.adapters import SCORE_KEY, new_config, read_adapter
+from rlaif.model.adapters import SCORE_KEY, new_config, read_adapter, refuse_other_tokenizer
 from rlaif.model.base import Base, load_base
 from rlaif.model.recomputation import Recomputation
 from rlaif.recipe import ModelSection
@@ -89,7 +89,7 @@ class SharedBase:
 
         Raises:
             RoleError: the name is taken, or another role is acting.
-            ModelError: the folder holds no adapter that fits this base.
+            ModelError: the folder holds no adapter that fits this base, or one of another tokenizer.
         """
         if role in self._trainable or self.acting:
             raise RoleError(f"role `{role}` cannot be added: it exists already, or a role is acting.")
@@ -100,6 +100,7 @@ class SharedBase:
         else:
             config, weights = new_config(self.lm, self._settings), {}
             if adapter:
+                refuse_other_tokenizer(adapter, self.tokenizer.raw)
                 config, weights = read_adapter(adapter, self.device, self.hidden_size)
         score = weights.pop(SCORE_KEY, None)
         self._attach(role, config, weights, adapter)

@@ -9,12 +9,14 @@ Row ``b``'s token ``t`` is drawn with a number that depends on the row's own see
 batch does not matter.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from rlaif.errors import ModelError
 from rlaif.model import drawing, padded, slots
 from rlaif.model.roles import SharedBase
 
@@ -125,6 +127,9 @@ def sample(
 
     Returns:
         One `Sample` a prompt. `logprobs` are those of the distribution at this temperature (before `top_p`).
+
+    Raises:
+        ModelError: a token whose probability is no finite number.
     """
     uniforms = torch.stack([drawing.uniforms(seed, max_new_tokens) for seed in seeds]).to(base.device)
     stops = set(base.tokenizer.eos_ids)
@@ -135,6 +140,12 @@ def sample(
         tokens, logprobs = drawing.draw(logits, uniforms[live, steps], temperature, top_p)
         following: list[int | None] = []
         for row, token, logprob in zip(live, tokens.tolist(), logprobs.tolist(), strict=True):
+            if not math.isfinite(logprob):
+                raise ModelError(
+                    f"model `{base.tokenizer.name}`, role `{base.acting}`: the probabilities of token "
+                    f"{len(results[row].ids) + 1} of response {row + 1} are no numbers. Its weights have grown too far "
+                    "(lower the learning rate and train again), or its numbers do not fit the precision (model.dtype)."
+                )
             results[row].ids.append(token)
             results[row].logprobs.append(logprob)
             if token in stops:

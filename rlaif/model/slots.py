@@ -131,7 +131,7 @@ class Prefixes:
         order = sorted(range(len(prompts)), key=lambda row: list(prompts[row]))
         self.place = {row: place for place, row in enumerate(order)}
         self._lengths = [len(prompts[row]) for row in order]
-        self._shared = [_common(prompts[one], prompts[other]) for one, other in pairwise(order)]  # by neighbours
+        self._shared = [common(prompts[one], prompts[other]) for one, other in pairwise(order)]  # by neighbours
 
     def longest(self, here: int, places: Sequence[int]) -> tuple[int, int]:
         """Return the most tokens that the prompt of a place shares with one of some places (ascending), and which."""
@@ -143,5 +143,6 @@ class Prefixes:
         return found
 
 
-def _common(one: Sequence[int], other: Sequence[int]) -> int:
+def common(one: Sequence[int], other: Sequence[int]) -> int:
+    """Return how many tokens two sequences begin with in common."""
     return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))

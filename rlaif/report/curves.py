@@ -1,6 +1,7 @@
 """The curves of the training stages: which metric each shows, and one line that says how to read it."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +45,13 @@ PPO_CURVES = (
         "Mean score of the update\u2019s responses, before the KL term; the band is one standard deviation. "
         "It should rise and then level off.",
         spread="rollout/score_std",
+    ),
+    Curve(
+        "constraint/lambda",
+        "Lambda",
+        "The price of the cost. It rises while the window\u2019s mean cost is above the threshold and falls while it "
+        "is below; at its maximum, the threshold is out of reach.",
+        optional=True,
     ),
     Curve(
         "rollout/kl_to_reference",
@@ -143,8 +151,8 @@ def reward_figures(rows: Metrics) -> list[Figure]:
     ]
 
 
-def ppo_figures(rows: Metrics) -> list[Figure]:
-    """Draw the curves of PPO, one point per update."""
+def ppo_figures(rows: Metrics, beside: Sequence[Figure] = ()) -> list[Figure]:
+    """Draw the curves of PPO, one point per update; `beside` come after that of the score."""
     figures = []
     for curve in PPO_CURVES:
         line = points(rows, "update", curve.key)
@@ -155,7 +163,7 @@ def ppo_figures(rows: Metrics) -> list[Figure]:
         series = [Series(curve.title, line, spread)]
         chart = line_chart(series, title=curve.title, x_label="update", percent=curve.percent)
         figures.append(Figure(curve.title, chart, curve.note))
-    return figures[:1] + _part_figures(rows) + figures[1:]
+    return [*figures[:1], *beside, *_part_figures(rows), *_cost_figures(rows), *figures[1:]]
 
 
 def _part_figures(rows: Metrics) -> list[Figure]:
@@ -168,6 +176,21 @@ def _part_figures(rows: Metrics) -> list[Figure]:
         "update (logits with a gate), penalties in tokens or shares. A score that rises alone may be a shortcut."
     )
     return [Figure(title, line_chart(lines, title=title, x_label="update"), note)] if lines else []
+
+
+def _cost_figures(rows: Metrics) -> list[Figure]:
+    """Draw the cost against its threshold, where there is a constraint."""
+    named = {
+        "update": "rollout/cost",
+        "mean of the window": "constraint/mean_cost",
+        "threshold": "constraint/threshold",
+    }
+    lines = [Series(name, points(rows, "update", key), colour=index) for index, (name, key) in enumerate(named.items())]
+    note = (
+        "Mean cost of the update\u2019s responses, and of the latest ones over several updates, which moves lambda. "
+        "It should settle at the threshold or stay below it."
+    )
+    return [Figure("Cost", line_chart(lines, title="Cost", x_label="update"), note)] if lines[0].points else []
 
 
 def points(rows: Metrics, x: str, key: str) -> list[Point]:

@@ -18,6 +18,7 @@ from rlaif.records import read_jsonl
 from rlaif.report.labels import Judge as Judge
 from rlaif.report.labels import Mean, Part, Rate
 from rlaif.report.labels import Quality as Quality
+from rlaif.rounds import ONCE, round_folder
 
 Metrics = list[dict[str, Any]]
 
@@ -226,6 +227,32 @@ class Run:
 M = TypeVar("M", bound=Part)
 
 
+def count_of(recipe: dict[str, Any]) -> int:
+    """Return how many rounds a recipe as resolved has."""
+    rounds = recipe.get("rounds", 1)
+    count = rounds.get("count", 1) if isinstance(rounds, dict) else rounds
+    return count if isinstance(count, int) else 1
+
+
+def folder_of(run_folder: Path, stage: str, number: int) -> Path:
+    """Return a stage's folder in a round."""
+    parent = run_folder if stage in ONCE else round_folder(run_folder, number)
+    return parent / f"{FOLDERS.index(stage) + 1}-{stage}"
+
+
+def newest_round(run_folder: Path, count: int) -> int:
+    """Return the last round in which a stage has finished; the first where none has."""
+    repeated = [stage for stage in FOLDERS if stage not in ONCE]
+    return next(
+        (
+            number
+            for number in range(count, 1, -1)
+            if any((folder_of(run_folder, stage, number) / "manifest.json").is_file() for stage in repeated)
+        ),
+        1,
+    )
+
+
 def read_run(folder: Path) -> Run:
     """Read a run folder.
 
@@ -236,15 +263,16 @@ def read_run(folder: Path) -> Run:
     recipe_path = folder / "recipe.yaml"
     if not recipe_path.is_file():
         raise DataError(f"{folder}: not a run folder: it holds no recipe.yaml. Name a folder that `rlaif run` made.")
-    places = {stage: folder / f"{number}-{stage}" for number, stage in enumerate(FOLDERS, start=1)}
+    recipe = load_yaml(recipe_path, DataError).data
+    last = newest_round(folder, count_of(recipe))
+    places = {stage: folder_of(folder, stage, last) for stage in FOLDERS}
     manifests = {
-        stage: _object(place / "manifest.json", Manifest)
+        stage: read_object(place / "manifest.json", Manifest)
         for stage, place in places.items()
         if (place / "manifest.json").is_file()
     }
     done = {stage: places[stage] for stage in manifests}
     cost = places["reward"] / "cost" / "calibration.json"
-    recipe = load_yaml(recipe_path, DataError).data
     return Run(
         folder=folder,
         recipe=recipe,
@@ -254,10 +282,12 @@ def read_run(folder: Path) -> Run:
         unfinished=[stage for stage, place in places.items() if place.is_dir() and stage not in manifests],
         chains=_rows(done["revise"] / "chains.jsonl", Chain) if "revise" in done else [],
         sft=_metrics(done["sft"]) if "sft" in done else [],
-        quality=_object(done["label"] / "quality.json", Quality) if "label" in done else None,
+        quality=read_object(done["label"] / "quality.json", Quality) if "label" in done else None,
         reward=_metrics(done["reward"]) if "reward" in done else [],
-        reward_evaluation=_object(done["reward"] / "calibration.json", RewardEvaluation) if "reward" in done else None,
-        cost_evaluation=_object(cost, CostEvaluation) if cost.is_file() else None,
+        reward_evaluation=read_object(done["reward"] / "calibration.json", RewardEvaluation)
+        if "reward" in done
+        else None,
+        cost_evaluation=read_object(cost, CostEvaluation) if cost.is_file() else None,
         ppo=_metrics(done["ppo"]) if "ppo" in done else [],
         ppo_samples=_rows(done["ppo"] / "samples.jsonl", PpoSample) if "ppo" in done else [],
         results=_results(done["evaluate"] / "results.json") if "evaluate" in done else None,
@@ -284,7 +314,8 @@ def _rows(path: Path, model: type[M]) -> list[M]:
     return [_checked(row, f"{path}:{number}", model) for number, row in read_jsonl(path)]
 
 
-def _object(path: Path, model: type[M]) -> M:
+def read_object(path: Path, model: type[M]) -> M:
+    """Read a JSON object and check it."""
     try:
         value = json.loads(read_text(path, DataError))
     except json.JSONDecodeError as problem:
@@ -296,7 +327,7 @@ def _object(path: Path, model: type[M]) -> M:
 
 def _results(path: Path) -> Results:
     """Read the results, and check that every policy they list was measured."""
-    results = _object(path, Results)
+    results = read_object(path, Results)
     unmeasured = [policy for policy in results.policies if policy not in results.metrics]
     if unmeasured:
         raise DataError(f"{path}: metrics.{unmeasured[0]}: missing, though `policies` lists it. {_again(path)}")

@@ -19,6 +19,7 @@ from rlaif.prompting import sandbox
 from rlaif.recipe import OPTIONAL, ORDER
 from rlaif.report import curves, reward, wording
 from rlaif.report.charts import interval_chart
+from rlaif.report.overoptimization import overoptimization_figures
 from rlaif.report.reading import (
     Chain,
     Difference,
@@ -26,8 +27,10 @@ from rlaif.report.reading import (
     Quality,
     Results,
     Run,
+    count_of,
     read_run,
 )
+from rlaif.report.rounds import read_rounds
 
 MAX_CHAINS, MAX_QUARANTINED, MAX_ANSWERS = 12, 4, 15
 MAX_SAMPLED_PROMPTS, MAX_SAMPLED_UPDATES = 3, 6
@@ -91,8 +94,10 @@ def _content(run: Run) -> dict[str, Any]:
         "ppo_samples": samples_over_time(run.ppo_samples),
         "sft_figures": curves.sft_figures(run.sft),
         "reward_figures": curves.reward_figures(run.reward),
-        "ppo_figures": curves.ppo_figures(run.ppo),
+        "ppo_findings": wording.ppo_findings(run.ppo, run.recipe.get("ppo")),
+        "ppo_figures": curves.ppo_figures(run.ppo, overoptimization_figures(run.ppo)),
         "versions": _versions(run),
+        "rounds": read_rounds(run.folder, count_of(run.recipe)),
         **(_of_evaluation(run.results) if run.results else {}),
         **(_of_labels(run.quality, people=feedback == "mixed") if run.quality else {}),
         **(reward.content(run.reward_evaluation, run.cost_evaluation) if run.reward_evaluation else {}),

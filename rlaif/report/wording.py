@@ -9,13 +9,22 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from rlaif import health
+from rlaif.health import HealthSection
 from rlaif.report.charts import Bar, short
 from rlaif.report.labels import Mean, Quality, Rate, Safety
-from rlaif.report.reading import Difference, Results, WinRate
+from rlaif.report.reading import Difference, Metrics, Results, WinRate
 
 NONE = "\u2013"
-SHORT_POLICIES = {"base": "base", "sft": "SFT", "ppo": "PPO", "dpo": "DPO", "rejection": "rejection sampling"}
-POLICIES = SHORT_POLICIES | {"base": "the base model"}
+SHORT_POLICIES = {
+    "base": "base",
+    "sft": "SFT",
+    "kept": "kept before",
+    "ppo": "PPO",
+    "dpo": "DPO",
+    "rejection": "rejection sampling",
+}
+POLICIES = SHORT_POLICIES | {"base": "the base model", "kept": "the policy kept before"}
 TAGS = {"lookalike": "look-alike"}
 RULES = {
     "longer": "the longer one",
@@ -172,6 +181,22 @@ def findings(results: Results) -> list[str]:
         of_pair = [one for one in refusals if (one.policy, one.against) == (policy, against)]
         sentences.append(_comparison(results, policy, against, of_pair))
     return sentences + [_preference(one) for one in results.win_rates]
+
+
+def ppo_findings(rows: Metrics, settings: Any) -> list[str]:
+    """Say what was wrong with the run of PPO, by the rules and limits of `ppo.health`, and what to do about it.
+
+    Args:
+        rows: of ``metrics.jsonl``.
+        settings: the recipe's section `ppo`.
+    """
+    given = settings.get("health") if isinstance(settings, dict) else None
+    limits = HealthSection(**{key: value for key, value in (given or {}).items() if key in HealthSection.model_fields})
+    numbers = [{key: v for key, v in row.items() if isinstance(v, int | float) and math.isfinite(v)} for row in rows]
+    found = health.findings([row for row in numbers if "update" in row], limits)
+    if found:
+        return [f"From {one}." for one in found]
+    return [f"In {count(len(rows))} updates no limit of ppo.health was passed."]
 
 
 def judge_findings(quality: Quality, *, people: bool = False) -> list[str]:

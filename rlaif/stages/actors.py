@@ -1,6 +1,7 @@
 """Who takes part in PPO: the roles on the shared base, and what each says of a batch of responses."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -8,13 +9,17 @@ from torch import Tensor
 
 from rlaif.errors import StageError
 from rlaif.maths.composition import Standard, standard_of
-from rlaif.model import sampling
+from rlaif.model.drawn import laid_out, token_figures, token_states
 from rlaif.model.roles import BASE, SharedBase
 from rlaif.model.sampling import Batch, in_microbatches
 from rlaif.recipe import PpoSection
 from rlaif.records import Prompt
-from rlaif.stages.checkpoints import CRITIC, POLICY
+from rlaif.stages import shares
+from rlaif.stages.checkpoints import COST_CRITIC, CRITIC, POLICY
 from rlaif.stages.composite import Composite, Scored, cost_stage, needs_reward_model
+from rlaif.stages.constraint import Constraint
+from rlaif.stages.gate import first_policy, starting_policy
+from rlaif.stages.independent import independent_of, needs_model, optimized
 from rlaif.stages.judged_reward import reward_function
 from rlaif.stages.reward_model import COST, RewardModel, read_calibration
 from rlaif.stages.rewards import RewardFunction, call_function
@@ -34,14 +39,24 @@ class Actors:
     function: RewardFunction | None
     model: RewardModel | None = None
     composite: Composite | None = None
+    independent: Composite | None = None  # scores what the policy does not optimize
+    constraint: Constraint | None = None
     offset: float = 0.0
     scale: float = 1.0
     critic_offset: float = 0.0  # taken off what the critic's head says, to be in units of the reward model
+    update: int = 0  # from 0; says where the schedules are
 
     @property
     def learning(self) -> tuple[str, ...]:
         """The roles that change."""
-        return (POLICY,) if self.critic == "none" else (POLICY, CRITIC)
+        if self.critic == "none":
+            return (POLICY,)
+        return (POLICY, CRITIC, COST_CRITIC) if self.constraint else (POLICY, CRITIC)
+
+    @property
+    def temperature(self) -> float:
+        """What divides the logits of policy and reference in this update, wherever they are asked."""
+        return self.settings.temperature_at(self.update)
 
     @property
     def starts_critic(self) -> bool:
@@ -56,16 +71,17 @@ def assign_roles(run: Run) -> Actors:
         StageError: the reward model's held-out accuracy, or the cost model's, is below its floor.
     """
     settings = run.recipe.ppo
-    if any(part.cost for part in settings.rewards):
+    if settings.costs.keys() - {"ppo.independent"}:
         refuse_weak_cost(run, read_calibration(cost_stage(run) / COST))
     base = run.load_base()
     has_sft = "sft" in run.recipe.stages
-    adapter = run.output("sft", "adapter") if has_sft else None
-    base.add_role(POLICY, trainable=True, adapter=adapter)
+    base.add_role(POLICY, trainable=True, adapter=starting_policy(run, "ppo").found(run))
     if has_sft:
-        base.add_role(REFERENCE, adapter=adapter)
+        base.add_role(REFERENCE, adapter=first_policy(run).found(run))
     actors = Actors(base, settings, REFERENCE if has_sft else BASE, which_critic(base, settings), None)
-    model = reward_model(run, base) if needs_reward_model(run) else None
+    whole = reward_model(run, base) if needs_reward_model(run) or needs_model(run) else None
+    actors.independent = independent_of(run, base, whole)
+    model = optimized(run, whole) if whole and needs_reward_model(run) else None
     if settings.rewards:
         actors.composite = Composite(run, base, model, "ppo")
     elif model:
@@ -73,7 +89,7 @@ def assign_roles(run: Run) -> Actors:
         actors.offset, actors.scale = model.scale
     else:
         actors.function = reward_function(run, base, "ppo")
-    add_critic(run, actors)
+    add_critics(run, actors)
     return actors
 
 
@@ -86,19 +102,40 @@ def which_critic(base: SharedBase, settings: PpoSection) -> Literal["none", "tru
     return settings.critic
 
 
-def add_critic(run: Run, actors: Actors) -> None:
-    """Give the critic its role, where the advantages need one."""
-    base = actors.base
-    if actors.critic == "adapter" and actors.starts_critic:
-        assert actors.model
-        weight, actors.critic_offset = actors.model.critic_start()
-        base.add_role(CRITIC, trainable=True, adapter=run.output("reward", "adapter"), outputs=1)
-        with torch.no_grad():
-            base.head_weight(CRITIC).copy_(weight)
-    elif actors.critic == "adapter":
-        base.add_role(CRITIC, trainable=True, head=True)
-    elif actors.critic == "trunk":
-        base.add_head_on(POLICY, CRITIC)
+def add_critics(run: Run, actors: Actors) -> None:
+    """Give the critics their roles, where the advantages need them: the reward's, and with a constraint the cost's."""
+    base, kind = actors.base, actors.critic
+    if kind != "none":
+        folder = run.stage_folder("reward") / "adapter"
+        actors.critic_offset = add_critic(base, CRITIC, kind, actors.model, folder)
+    if run.recipe.ppo.constraint:
+        actors.constraint = Constraint(run, base, actors.model, kind)
+        if kind != "none":
+            model, folder = actors.constraint.model, cost_stage(run) / COST / "adapter"
+            actors.constraint.critic_offset = add_critic(base, COST_CRITIC, kind, model, folder)
+
+
+def add_critic(base: SharedBase, role: str, kind: str, model: RewardModel | None, folder: Path) -> float:
+    """Give one critic its role; return what is to be taken off its head's numbers.
+
+    Args:
+        base: the shared base.
+        role: the critic's.
+        kind: `trunk` or `adapter`.
+        model: what an adapter critic starts from, where that stands on the shared base.
+        folder: that model's first adapter.
+    """
+    if kind == "trunk":
+        base.add_head_on(POLICY, role)
+        return 0.0
+    if model is None or model.base is not base:
+        base.add_role(role, trainable=True, head=True)
+        return 0.0
+    weight, offset = model.critic_start()
+    base.add_role(role, trainable=True, adapter=folder, outputs=1)
+    with torch.no_grad():
+        base.head_weight(role).copy_(weight)
+    return offset
 
 
 def reward_model(run: Run, base: SharedBase, stage: str = "ppo") -> RewardModel:
@@ -123,7 +160,8 @@ def refuse_weak_reward(run: Run, measured: dict[str, Any], stage: str = "ppo") -
         for tag, rate in rates.items()
         if rate["rate"] < settings.min_heldout_accuracy
     ]
-    advice = "Label more pairs of that kind, train longer, look at the pairs in 3-label/comparisons.jsonl"
+    pairs = run.stage_folder("label").relative_to(run.folder) / "comparisons.jsonl"
+    advice = f"Label more pairs of that kind, train longer, look at the pairs in {pairs}"
     _refuse(run, stage, "reward", weak, advice)
 
 
@@ -180,11 +218,12 @@ def score(actors: Actors, rows: list[Prompt], responses: list[str], batch: Batch
 
 
 def calibrate(actors: Actors, raw: Tensor) -> None:
-    """Settle the shift and scale of scores by the first rollout, which the reference itself has written.
+    """Settle the shift and scale of scores by the first rollout, written by the policy as it starts.
 
-    The shift makes the reference's responses average 0 (Stiennon et al. 2020, arXiv 2009.01325): a critic that starts
-    at 0 is right about them, where an unshifted score would pull all late tokens the same way. Scores of a function or
-    of several parts are also brought to unit standard deviation; a reward model alone brings its own scale.
+    That is the reference in the first round. The shift makes its responses average 0 (Stiennon et al. 2020, arXiv
+    2009.01325): a critic that starts at 0 is right about them, where an unshifted score would pull all late tokens the
+    same way. Scores of a function or of several parts are also brought to unit standard deviation; a reward model alone
+    brings its own scale.
     """
     actors.offset, spread = standard_of(raw)
     if actors.model is None:
@@ -194,7 +233,12 @@ def calibrate(actors: Actors, raw: Tensor) -> None:
 def scale_of(actors: Actors) -> dict[str, Any]:
     """Return all that the first rollout settled about scores, for a checkpoint."""
     parts = actors.composite.standards if actors.composite else {}
-    return {"offset": actors.offset, "scale": actors.scale, "parts": {name: list(one) for name, one in parts.items()}}
+    found = {"offset": actors.offset, "scale": actors.scale, "parts": _listed(parts)}
+    return found | ({"independent": _listed(actors.independent.standards)} if actors.independent else {})
+
+
+def _listed(parts: dict[str, Standard]) -> dict[str, list[float]]:
+    return {name: list(one) for name, one in parts.items()}
 
 
 def use_scale(actors: Actors, scale: dict[str, Any]) -> None:
@@ -202,32 +246,39 @@ def use_scale(actors: Actors, scale: dict[str, Any]) -> None:
     actors.offset, actors.scale = scale["offset"], scale["scale"]
     if actors.composite:
         actors.composite.standards = {name: Standard(*one) for name, one in scale["parts"].items()}
+    if actors.independent:
+        actors.independent.standards = {name: Standard(*one) for name, one in scale["independent"].items()}
 
 
 @torch.no_grad()
+@shares.by_rows
 def judge_tokens(actors: Actors, role: str, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Return the response tokens' log-probabilities and, for the policy, the critic's values or 0, ``[B, T]``."""
+    """Return the response tokens' log-probabilities and, for the policy, the critic's values or 0, ``[B, T]``.
+
+    The passes are those of training, operation by operation, so that the first ratio is exactly 1.
+    """
     base = actors.base
     logprobs, values = [], []
     for part in in_microbatches(batch, actors.settings.microbatch):
-        with base.acting_as(role):
-            hidden = sampling.hidden_states(base, part)
-            logits = sampling.response_logits(base, part, hidden, actors.settings.sampling.temperature)
-            logprobs.append(sampling.token_logprobs(logits, part.response_ids) * part.response_mask)
+        with base.acting_as(role, training=True):
+            states = token_states(base, part)
+            logprobs.append(token_figures(base, part, states, actors.temperature).logprobs)
             if role == POLICY and actors.critic == "trunk":
-                values.append(critic_values(actors, part, hidden))
+                values.append(critic_values(actors, part, states))
         if role == POLICY and actors.critic == "adapter":
-            with base.acting_as(CRITIC):
-                values.append(critic_values(actors, part, sampling.hidden_states(base, part)))
+            with base.acting_as(CRITIC, training=True):
+                values.append(critic_values(actors, part, token_states(base, part)))
     return torch.cat(logprobs), torch.cat(values) if values else torch.zeros_like(
         batch.response_mask, dtype=torch.float
     )
 
 
-def critic_values(actors: Actors, batch: Batch, hidden: Tensor) -> Tensor:
-    """Return the value of the state before each response token, ``[B, T]``, on the scale of the rewards."""
-    length = batch.response_ids.shape[1]
-    values = actors.base.head(CRITIC, hidden[:, -length - 1 : -1])
+def critic_values(actors: Actors, batch: Batch, states: Tensor) -> Tensor:
+    """Return the value of the state before each response token, ``[B, T]``, on the scale of the rewards.
+
+    `states` is what `token_states` returned, ``[N, hidden]``.
+    """
+    values = actors.base.head(CRITIC, states)
     if actors.critic == "adapter" and actors.starts_critic:  # started from the reward model, in its units
         values = (values - actors.critic_offset - actors.offset) / actors.scale
-    return values * batch.response_mask
+    return laid_out(values, batch.response_mask)

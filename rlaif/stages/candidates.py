@@ -8,6 +8,7 @@ import itertools
 from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from rlaif.constitution import Constitution, Principle, applying, draw
@@ -18,8 +19,10 @@ from rlaif.human.labels import read_comparisons
 from rlaif.model.roles import BASE, SharedBase
 from rlaif.prompt_sets import as_text
 from rlaif.records import Comparison, Messages, Prompt, Split, assistant, text_of, with_system
-from rlaif.stages.chains import revised_chains
-from rlaif.stages.revise import respond
+from rlaif.stages.chains import chain_row, revised_chains
+from rlaif.stages.demonstrations import problem
+from rlaif.stages.gate import kept_policy
+from rlaif.stages.revise import critique_and_revise, respond, revising_engines
 from rlaif.stages.run import Run, path_sha256
 from rlaif.stages.verdicts import NO_ANSWER
 
@@ -70,15 +73,18 @@ class Engines:
 
     def named(self, name: str) -> LocalEngine:
         """Return the base model (``base``), the SFT policy (``sft``) or an adapter folder as an engine."""
-        run, size = self._run, self._size
         if name == BASE:
-            return self._known.setdefault(BASE, LocalEngine(self._base, BASE, batch_size=size))
-        adapter = run.output("sft", "adapter") if name == "sft" else run.loaded.adapters[name]
+            return self._known.setdefault(BASE, LocalEngine(self._base, BASE, batch_size=self._size))
+        if name == "sft":
+            return self._of(self._run.output("sft", "adapter"), POLICY)
+        return self._of(self._run.loaded.adapters[name])
+
+    def _of(self, adapter: Path, role: str = "") -> LocalEngine:
         sha256 = path_sha256(adapter)
-        role = POLICY if name == "sft" else f"adapter-{sha256[:12]}"
+        role = role or f"adapter-{sha256[:12]}"
         if role not in self._known:
             self._base.add_role(role, adapter=adapter)
-            self._known[role] = LocalEngine(self._base, role, batch_size=size, adapter=sha256)
+            self._known[role] = LocalEngine(self._base, role, batch_size=self._size, adapter=sha256)
         return self._known[role]
 
     def load(self) -> SharedBase:
@@ -90,15 +96,17 @@ class Engines:
         return self._run.engine(name, self.load, batch_size=self._size, chooses=chooses)
 
     def policy(self) -> LocalEngine:
-        """Return the SFT policy; without an SFT stage, the base model."""
-        return self.named("sft" if "sft" in self._run.recipe.stages else BASE)
+        """Return the policy that this round starts from: at first SFT's, without an SFT stage the base model."""
+        kept = kept_policy(self._run)
+        adapter = kept.found(self._run)
+        return self.named(kept.stage) if kept.is_first or adapter is None else self._of(adapter)
 
 
 def collect(run: Run, engines: Engines) -> tuple[list[Candidate], Unused]:
     """Return the candidates that the recipe asks for, and the rows that cannot be compared."""
     kind = run.recipe.label.candidates
     if kind in ("file", "revision"):
-        return from_files(run) if kind == "file" else from_revisions(run)
+        return from_files(run) if kind == "file" else from_revisions(run, engines)
     return from_policies(run, engines) if kind == "policies" else from_samples(run, engines)
 
 
@@ -129,11 +137,28 @@ def from_samples(run: Run, engines: Engines) -> tuple[list[Candidate], Unused]:
     return found, unused
 
 
-def from_revisions(run: Run) -> tuple[list[Candidate], Unused]:
+def chains_to_label(run: Run, engines: Engines) -> list[tuple[Prompt, dict[str, Any]]]:
+    """Return the chains of the stage `revise`; in a later round new ones, of what the newest policy answers.
+
+    Who criticizes and revises is the same in all rounds, and so are the rules that set a revision aside.
+    """
+    if run.round == 1:
+        return revised_chains(run)
+    settings = run.recipe.revise
+    prompts = run.select("train", run.recipe.label.prompts_per_tag)
+    chains = respond(run, NAME, engines.policy(), prompts, run.recipe.label.sampling)
+    revised = [chain for chain in chains if chain.prompt.tag in settings.revise_tags]
+    revisers = revising_engines(run, engines.load, run.recipe.label.batch_size)
+    for step in range(settings.rounds):
+        critique_and_revise(run, NAME, revisers, revised, step)
+    return [(chain.prompt, chain_row(chain, NO_ANSWER if chain.error else problem(run, chain))) for chain in chains]
+
+
+def from_revisions(run: Run, engines: Engines) -> tuple[list[Candidate], Unused]:
     """Pair the last revision of each chain with the response that it revised."""
     found: list[Candidate] = []
     unused: Unused = []
-    for prompt, row in revised_chains(run):
+    for prompt, row in chains_to_label(run, engines):
         if row.get("error"):
             if prompt.tag in run.recipe.revise.revise_tags:  # others have no revision to wait for
                 unused.append(no_answer(prompt, f"revise: {row['error']}"))
@@ -227,6 +252,14 @@ def principles_of(
     return tuple(applying(constitution, tag, category))
 
 
+def origin_of_round(run: Run) -> dict[str, Any]:
+    """Return what a later round adds to the provenance of its rows: its number, and the policy whose answers it has."""
+    if run.round == 1:
+        return {}
+    kept = kept_policy(run)
+    return {"round": run.round, "policy": kept.stage, "policy_round": kept.round}
+
+
 def no_answer(prompt: Prompt, error: str) -> dict[str, Any]:
     """Return the row of a prompt that an engine does not answer."""
     return {"id": prompt.id, "reason": NO_ANSWER, "error": error}
@@ -256,6 +289,7 @@ def comparison(
         turns, origin = prompt.prompt, {"prompt_id": prompt.prompt_id, **prompt.origin}
     else:
         turns, origin = prompt.messages, {"prompt_id": prompt.id}
+    origin |= origin_of_round(run)
     return Comparison(
         id=f"{origin['prompt_id']}-{fingerprint([chosen, rejected])[:8]}",
         prompt=turns,

@@ -6,7 +6,7 @@ update and resumed is the run that was not stopped.
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -16,50 +16,72 @@ from rlaif import files
 from rlaif.maths.kl import AdaptiveKl, FixedKl
 from rlaif.model.roles import SharedBase
 from rlaif.records import read_jsonl
+from rlaif.stages import shares
 from rlaif.stages.run import Run
-from rlaif.stages.training import CHECKPOINTS, resume_point, step_of
+from rlaif.stages.training import CHECKPOINTS, close_checkpoint, resume_point, step_of
 
 STAGE = "ppo"
-POLICY, CRITIC = "policy", "critic"
+POLICY, CRITIC, COST_CRITIC = "policy", "critic", "cost_critic"
 SAMPLES = "samples.jsonl"
 _KEPT = 2
 Kl = AdaptiveKl | FixedKl
 
 
+class Stateful(Protocol):
+    """What is neither weights nor moments, and changes from update to update."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return its numbers."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from them."""
+
+
 def save(
-    run: Run, base: SharedBase, optimizer: torch.optim.Optimizer, kl: Kl, update: int, scale: dict[str, Any]
+    run: Run,
+    base: SharedBase,
+    optimizer: torch.optim.Optimizer,
+    kl: Kl,
+    update: int,
+    scale: dict[str, Any],
+    constraint: Stateful | None = None,
 ) -> None:
     """Write a checkpoint after an update and drop all but the newest two."""
+    if not shares.leads():
+        return
     parent = run.stage_folder(STAGE) / CHECKPOINTS
     tensors: dict[str, Tensor] = {}
-    for role in (POLICY, CRITIC):
+    for role in (POLICY, CRITIC, COST_CRITIC):
         for name, parameter in base.named_parameters_of(role):
             tensors[f"weight/{name}"] = parameter.detach().cpu().contiguous()
             for key, value in optimizer.state[parameter].items():
                 tensors[f"{key}/{name}"] = value.detach().cpu().contiguous()
     with files.fresh_folder(parent / f"checkpoint-{update}") as fresh:
         save_file(tensors, fresh / "state.safetensors")
-        (fresh / "counters.json").write_text(json.dumps({"update": update, "kl": kl.state_dict(), "scale": scale}))
-        files.mark_complete(fresh)
+        counters = {"update": update, "kl": kl.state_dict(), "scale": scale}
+        if constraint:
+            counters["constraint"] = constraint.state_dict()
+        (fresh / "counters.json").write_text(json.dumps(counters))
+        close_checkpoint(fresh, parent.parent)
     for old in sorted(parent.glob("checkpoint-*"), key=step_of)[:-_KEPT]:
         files.remove_folder(old)
 
 
-def restore(run: Run, base: SharedBase, optimizer: torch.optim.Optimizer, kl: Kl) -> tuple[int, dict[str, Any]]:
+def restore(
+    run: Run, base: SharedBase, optimizer: torch.optim.Optimizer, kl: Kl, constraint: Stateful | None = None
+) -> tuple[int, dict[str, Any]]:
     """Load the newest complete checkpoint, if there is one; return how many updates are done and the reward's scale."""
     folder = run.stage_folder(STAGE)
-    checkpoint = resume_point(run, folder)
-    samples = folder / SAMPLES
-    kept: list[dict[str, Any]] = []
-    if checkpoint and samples.exists():
-        files.repair_jsonl(samples)
-        step = step_of(checkpoint)
-        kept = [row for _, row in read_jsonl(samples) if row["step"] <= step]
-    files.write_jsonl(samples, kept)
+    if shares.leads():
+        checkpoint = resume_point(run, folder)
+        _cut_samples(folder / SAMPLES, step_of(checkpoint))
+    else:  # the first process has cleared away what is not complete
+        newest = files.newest_complete(folder / CHECKPOINTS, "checkpoint-*")
+        checkpoint = str(newest) if newest else None
     if checkpoint is None:
         return 0, {}
     tensors = load_file(Path(checkpoint) / "state.safetensors", device=str(base.device))
-    for role in (POLICY, CRITIC):
+    for role in (POLICY, CRITIC, COST_CRITIC):
         for name, parameter in base.named_parameters_of(role):
             with torch.no_grad():
                 parameter.copy_(tensors.pop(f"weight/{name}"))
@@ -68,4 +90,14 @@ def restore(run: Run, base: SharedBase, optimizer: torch.optim.Optimizer, kl: Kl
                 optimizer.state[parameter] = {"step": tensors.pop(f"step/{name}").cpu(), **moments}
     counters = json.loads((Path(checkpoint) / "counters.json").read_text(encoding="utf-8"))
     kl.load_state_dict(counters["kl"])
+    if constraint:
+        constraint.load_state_dict(counters["constraint"])
     return int(counters["update"]), counters["scale"]
+
+
+def _cut_samples(samples: Path, step: int) -> None:
+    """Keep the samples up to a step."""
+    if step and samples.exists():
+        files.repair_jsonl(samples)
+    kept = [row for _, row in read_jsonl(samples) if row["step"] <= step] if step and samples.exists() else []
+    files.write_jsonl(samples, kept)

@@ -19,7 +19,7 @@ from rlaif.maths.composition import Standard, gate, standard_of, standardize, we
 from rlaif.model.roles import SharedBase
 from rlaif.model.sampling import Batch
 from rlaif.records import Prompt
-from rlaif.reward_parts import CompositeSection, RewardPart
+from rlaif.reward_parts import CompositeSection, IndependentPart, RewardPart
 from rlaif.sections import Combination
 from rlaif.stages.judged_reward import judge_function
 from rlaif.stages.reward_model import COST, RewardModel
@@ -46,31 +46,40 @@ class Scored(NamedTuple):
 class Composite:
     """The parts of a run's reward, and the scale that the first rollout gave them."""
 
-    def __init__(self, run: Run, base: SharedBase, model: RewardModel | None, stage: str):
+    def __init__(
+        self,
+        run: Run,
+        base: SharedBase,
+        model: RewardModel | None,
+        stage: str,
+        settings: CompositeSection | None = None,
+    ):
         """Find or load what scores.
 
         Args:
-            run: the run, whose recipe lists the parts.
+            run: the run.
             base: the shared base; the cost adapter is added to it.
             model: the reward model, where a part names it.
             stage: who asks; the judge's answers are stored under it.
+            settings: the parts and how they combine; absent: those of the recipe's `ppo`.
 
         Raises:
             ConfigError: a function is not registered.
             StageError: there is no cost adapter.
         """
-        self.settings, self._base = run.recipe.ppo, base
+        self.settings, self._base, self._size = settings or run.recipe.ppo, base, run.recipe.ppo.microbatch
         self.standards: dict[str, Standard] = {}
         self._models: dict[str, RewardModel] = {}
         self._functions: dict[str, RewardFunction] = {}
         for part in self.settings.rewards:
             if part.cost:
-                own = run.recipe.reward.model is not None and run.loaded.cost_stage is None  # stands on that model
-                below = (model.base if model else run.load_reward_base()) if own else base
-                self._models[part.name] = RewardModel.load(below, cost_stage(run), Combination(), COST)
+                self._models[part.name] = load_cost(run, base, model)
             elif part.model:
                 assert model, "the stage loads the reward model for the part that names it"
                 self._models[part.name] = model
+            elif isinstance(part, IndependentPart) and part.member:
+                assert model, "the stage loads the reward model for the part that names a member"
+                self._models[part.name] = model.only(part.member)
             elif part.function:
                 self._functions[part.name] = find_function(part.function, f"ppo.rewards: {part.name}")
             elif part.judge:
@@ -125,7 +134,7 @@ class Composite:
         device = batch.ids.device
         if part.name in self._models:
             model = self._models[part.name]
-            scores = model.score_responses(self._base, rows, responses, batch, self.settings.microbatch)
+            scores = model.score_responses(self._base, rows, responses, batch, self._size)
             return -scores if part.cost else scores
         if part.length:
             return (batch.response_mask.sum(1) - part.length).clamp_min(0).float()
@@ -149,10 +158,20 @@ def cost_stage(run: Run) -> Path:
     return run.loaded.cost_stage or run.stage_folder("reward")
 
 
+def load_cost(run: Run, base: SharedBase, model: RewardModel | None) -> RewardModel:
+    """Put the cost adapter on the shared base, or on the base of the reward model where it was trained on that.
+
+    Raises:
+        StageError: there is no cost adapter.
+    """
+    own = run.recipe.reward.model is not None and run.loaded.cost_stage is None  # stands on that model
+    below = (model.base if model else run.load_reward_base()) if own else base
+    return RewardModel.load(below, cost_stage(run), Combination(), COST)
+
+
 def cost_files(run: Run) -> dict[str, Path]:
-    """Return the cost adapter that the reward depends on, for a stage's inputs; nothing where no part is a cost."""
-    named = any(part.cost for part in run.recipe.ppo.rewards)
-    return {"cost": cost_stage(run) / COST / "adapter"} if named else {}
+    """Return the cost adapter that reward or constraint depend on, for a stage's inputs; nothing without a cost."""
+    return {"cost": cost_stage(run) / COST / "adapter"} if run.recipe.ppo.costs else {}
 
 
 def composite_inputs(run: Run) -> dict[str, Any]:

@@ -12,8 +12,8 @@ from typing import Any
 from rlaif import filters
 from rlaif.engines.engine import ask
 from rlaif.records import Comparison, Messages, Prompt, under_instructions
-from rlaif.stages.candidates import NAME, Engines, comparison, no_answer, unusable
-from rlaif.stages.chains import Chain, Step, revised_chains
+from rlaif.stages.candidates import NAME, Engines, chains_to_label, comparison, no_answer, unusable
+from rlaif.stages.chains import Chain, Step
 from rlaif.stages.demonstrations import problem
 from rlaif.stages.revise import (
     critique_and_revise,
@@ -33,7 +33,7 @@ def by_revision(run: Run, engines: Engines) -> Labels:
     comparisons: list[Comparison] = []
     unused: list[dict[str, Any]] = []
     plain: list[Chain] = []
-    for prompt, row in revised_chains(run):
+    for prompt, row in chains_to_label(run, engines):
         if row.get("error"):
             unused.append(no_answer(prompt, f"revise: {row['error']}"))
             continue

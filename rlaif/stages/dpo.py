@@ -5,7 +5,8 @@ reference summed over an answer's tokens (Rafailov et al. 2023, arXiv 2305.18290
 names. It takes hard labels: ties, and rows whose labeller is less sure than the recipe wants, are left out and counted.
 
 The policy starts as the SFT adapter, which is the reference as well. So the reference's log-probabilities are those of
-the policy before its first step: they are computed once and written down, and no second adapter is kept in memory.
+the policy before its first step: they are computed once and written down, and no second adapter is kept in memory. In a
+later round the policy starts as the one that was kept; the reference is the same as ever.
 
 Writes ``policy/`` (a plain PEFT folder), ``metrics.jsonl``, ``reference.jsonl`` (the log-probabilities of both answers
 under the reference) and ``unused.jsonl`` (rows left out, with the reason).
@@ -24,11 +25,13 @@ from trl import DPOConfig, DPOTrainer
 from rlaif import files
 from rlaif.errors import DataError
 from rlaif.model import sampling
-from rlaif.model.roles import SharedBase
+from rlaif.model.roles import BASE, SharedBase
 from rlaif.policy_sections import DpoSection
 from rlaif.records import Comparison, read_jsonl, read_rows, text_of
 from rlaif.stages.cards import write_policy_card
-from rlaif.stages.reward_data import split_rows, usable
+from rlaif.stages.gate import first_policy, starting_policy
+from rlaif.stages.replay import known_sides, replayed
+from rlaif.stages.reward_data import NOTHING_KNOWN, split_rows, usable
 from rlaif.stages.run import Run
 from rlaif.stages.training import (
     Recorder,
@@ -45,14 +48,23 @@ from rlaif.stages.training import (
 
 NAME = "dpo"
 ROLE = "policy"
-REFERENCE = "reference.jsonl"
+COMPARISONS, REFERENCE = "comparisons.jsonl", "reference.jsonl"
+REFERENCE_ROLE = "reference"
 TIE, UNSURE = "tie", "below min preference"
 
 
 def inputs(run: Run) -> dict[str, str]:
     """Return what this stage's result depends on."""
-    paths = {"comparisons": run.stage_folder("label") / "comparisons.jsonl"}
-    return run.inputs(run.recipe.dpo, files=paths | {"sft": run.stage_folder("sft") / "adapter"})
+    paths = {"comparisons": run.stage_folder("label") / COMPARISONS}
+    earlier = {f"comparisons.{before.round}": before.stage_folder("label") / COMPARISONS for before in run.earlier}
+    return run.inputs(
+        run.recipe.dpo,
+        files=paths
+        | {"sft": run.stage_folder("sft") / "adapter"}
+        | starting_policy(run, NAME).as_input("start")
+        | earlier,
+        **({"replay": run.recipe.rounds.replay} if earlier else {}),
+    )
 
 
 def dpo(run: Run) -> dict[str, Any]:
@@ -62,13 +74,16 @@ def dpo(run: Run) -> dict[str, Any]:
         DataError: no comparison is left to train on.
     """
     settings, folder = run.recipe.dpo, run.stage_folder(NAME)
-    path = run.output("label", "comparisons.jsonl")
-    rows = read_rows(path, Comparison)
+    rows, again, known = read_rows(run.output("label", COMPARISONS), Comparison), [], NOTHING_KNOWN
     base = run.load_base()
-    base.add_role(ROLE, trainable=True, adapter=run.output("sft", "adapter") if "sft" in run.recipe.stages else None)
-    pairs, unused = _decided(base, rows, settings)
+    base.add_role(ROLE, trainable=True, adapter=starting_policy(run, NAME).found(run))
+    if run.round > 1:
+        before = [read_rows(one.output("label", COMPARISONS), Comparison) for one in run.earlier]
+        earlier = [_decided(base, part, settings)[0] for part in before]
+        again, known = replayed(run, earlier, rows), known_sides(earlier, settings.heldout_fraction)
+    pairs, unused = _decided(base, [*rows, *again], settings)
     files.write_jsonl(folder / "unused.jsonl", unused)
-    sides = split_rows(pairs, settings.heldout_fraction)
+    sides = split_rows(pairs, settings.heldout_fraction, known=known)
     reasons = Counter(row["reason"] for row in unused)
     if not sides.train:
         told = ", ".join(f"{reason}: {count}" for reason, count in sorted(reasons.items())) or "none left out"
@@ -94,6 +109,7 @@ def dpo(run: Run) -> dict[str, Any]:
     write_policy_card(run, base, folder / "policy", facts)
     return {
         "comparisons": len(rows),
+        **({"replayed": len(again)} if run.round > 1 else {}),
         **{f"unused_{reason.replace(' ', '_')}": count for reason, count in sorted(reasons.items())},
         "train": len(train),
         "heldout": len(heldout),
@@ -139,7 +155,13 @@ def _examples(run: Run, base: SharedBase, rows: Sequence[Comparison]) -> dict[st
 
 @torch.no_grad()
 def _reference_logprobs(run: Run, base: SharedBase, encoded: dict[str, dict[str, list[int]]]) -> list[dict[str, Any]]:
-    """Return the log-probability of each whole answer under the policy as it starts, which is the reference."""
+    """Return the log-probability of each whole answer under the reference, which the policy starts as in round 1."""
+    role = ROLE
+    if not starting_policy(run, NAME).is_first:
+        first = first_policy(run).found(run)
+        role = REFERENCE_ROLE if first else BASE
+        if first:
+            base.add_role(role, adapter=first)
     names = list(encoded)
     found: dict[str, dict[str, Any]] = {}
     lengths = [sum(map(len, encoded[name].values())) for name in names]
@@ -148,7 +170,7 @@ def _reference_logprobs(run: Run, base: SharedBase, encoded: dict[str, dict[str,
             part = [(names[index], encoded[names[index]]) for index in indices]
             for side in ("chosen", "rejected"):
                 batch = sampling.pack(base, [e["prompt_ids"] for _, e in part], [e[f"{side}_ids"] for _, e in part])
-                with base.acting_as(ROLE):
+                with base.acting_as(role):
                     values = sampling.response_logprobs(base, batch)
                 for (name, _), value in zip(part, values.tolist(), strict=True):
                     found.setdefault(name, {"id": name})[f"ref_{side}_logps"] = value

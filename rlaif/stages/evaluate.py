@@ -23,8 +23,10 @@ from rlaif.model import sampling
 from rlaif.model.roles import BASE, SharedBase
 from rlaif.recipe import OPTIONAL
 from rlaif.records import Prompt
+from rlaif.rounds import OPTIMIZERS
 from rlaif.stages.candidates import Candidate, Engines, of_prompt
 from rlaif.stages.composite import Scorer, composite_inputs, cost_files, on_ppo_scale
+from rlaif.stages.gate import KEPT, kept_policy
 from rlaif.stages.judged_reward import reward_function, reward_inputs
 from rlaif.stages.revise import question
 from rlaif.stages.reward_model import CALIBRATION, RewardModel
@@ -34,7 +36,6 @@ from rlaif.stages.votes import asked, cast, judges_of, panel_of, settings_of
 
 NAME = "evaluate"
 OWN = (None, "sft")  # adapters of a judge whose weights count already
-_TRAINED = ("ppo", "dpo", "rejection")  # stages that write a policy, beside `sft`
 _MICROBATCH = 8
 _SAMPLES_PER_TAG = 5
 _NO_PAIRS = {"n": 0, "count": 0.0, "rate": None, "low": None, "high": None}  # where the judge answered nothing
@@ -57,7 +58,10 @@ def adapters(run: Run) -> dict[str, Any]:
     result: dict[str, Any] = {BASE: None}
     if "sft" in run.recipe.stages:
         result["sft"] = run.output("sft", "adapter")
-    for stage in _TRAINED:
+    kept = kept_policy(run)
+    if not kept.is_first:
+        result[KEPT] = kept.found(run)
+    for stage in OPTIMIZERS:
         if stage in run.recipe.stages:
             result[stage] = run.output(stage, "policy")
     return result
@@ -75,6 +79,7 @@ def inputs(run: Run) -> dict[str, str]:
             "reward": run.stage_folder("reward") / "adapter",
             "reward.calibration": run.stage_folder("reward") / CALIBRATION,
             **{stage: run.stage_folder(stage) / "policy" for stage in OPTIONAL if stage in run.recipe.stages},
+            **kept_policy(run).as_input(KEPT),
             **cost_files(run),
         },
         constitution=run.constitution.hash_of("principles", "comparisons"),
@@ -156,7 +161,9 @@ def answers_as(run: Run, base: SharedBase, role: str, adapter: Any, prompts: Seq
     settings = run.recipe.evaluate
     identity = path_sha256(adapter) if adapter is not None else ""
     engine = LocalEngine(base, role, batch_size=settings.batch_size, adapter=identity)
-    questions = [question(run, f"{prompt.id}/eval", prompt.messages, settings.sampling) for prompt in prompts]
+    # With the seeds of the first round in all rounds, policies that have been asked before need not be asked again.
+    first = run.in_round(1)
+    questions = [question(first, f"{prompt.id}/eval", prompt.messages, settings.sampling) for prompt in prompts]
     return list(ask(run.journal, NAME, engine, questions, run.progress, f"responses of {role}"))
 
 

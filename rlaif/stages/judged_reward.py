@@ -47,8 +47,12 @@ def judge_function(run: Run, base: SharedBase, stage: str) -> RewardFunction:
 def reward_inputs(run: Run) -> dict[str, Any]:
     """Return what the judge's rewards depend on; nothing where the judge gives none."""
     settings = run.recipe.ppo
-    if settings.reward_function != JUDGE and not any(part.judge for part in settings.rewards):
-        return {}
+    judged = settings.reward_function == JUDGE or any(part.judge for part in settings.rewards)
+    return judge_inputs(run) if judged else {}
+
+
+def judge_inputs(run: Run) -> dict[str, Any]:
+    """Return what the judge's ratings depend on."""
     label = run.recipe.label
     return {
         "judge": [label.principles, label.min_option_mass],

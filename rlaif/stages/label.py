@@ -22,12 +22,14 @@ from rlaif.documents import shipped
 from rlaif.errors import DataError, StageError
 from rlaif.maths import agreement
 from rlaif.records import Comparison, text_of
+from rlaif.rounds import LABELS
 from rlaif.stages import quality as qualities
 from rlaif.stages import safety
 from rlaif.stages.candidates import NAME, Candidate, Engines, Unused, collect, comparison
 from rlaif.stages.chains import parts, revised_chains
 from rlaif.stages.construction import by_contrast, by_revision
-from rlaif.stages.people import people_labels
+from rlaif.stages.gate import kept_policy
+from rlaif.stages.people import pairs_for_people, people_labels
 from rlaif.stages.run import Run, reconciled, templates
 from rlaif.stages.verdicts import NO_ANSWER
 from rlaif.stages.votes import Ballot, Panel, asked, cast, panel_of, swap_test
@@ -37,7 +39,7 @@ STEERS = "tries to steer a judge"
 
 def inputs(run: Run) -> dict[str, str]:
     """Return what this stage's result depends on."""
-    apart = safety.parts(run)
+    apart, later = safety.parts(run), run.round > 1
     names = ("compare", "contrast", "gather", "rate", "weigh", *(safety.WORDINGS if apart else ()))
     reference = {} if run.loaded.reference is None else {"reference": run.loaded.reference}
     return run.inputs(
@@ -51,6 +53,8 @@ def inputs(run: Run) -> dict[str, str]:
             **{f"human.{index}": path for index, path in enumerate(run.loaded.human_files)},
             **{f"candidates.{index}": path for index, path in enumerate(run.loaded.candidate_files)},
             **{f"adapter.{name}": path for name, path in run.loaded.adapters.items()},
+            **kept_policy(run).as_input("policy"),
+            **({"labels": run.round_folder / LABELS} if later and pairs_for_people(run) != 0 else {}),
             **reference,
         },
         feedback=run.recipe.feedback,
@@ -59,6 +63,7 @@ def inputs(run: Run) -> dict[str, str]:
         prompts=run.prompts_hash(run.prompts),
         templates=[one.hash for one in (*templates(*names).values(), *parts(run).values())],
         **({"parts": apart} if apart else {}),
+        **({"human_pairs": pairs_for_people(run)} if later else {}),
     )
 
 
@@ -67,25 +72,25 @@ def label(run: Run) -> dict[str, Any]:
     settings, folder = run.recipe.label, run.stage_folder(NAME)
     quality: dict[str, Any] = {"judge": None, "judge_labels": False, "min_judge_accuracy": settings.min_judge_accuracy}
     method = "human" if run.recipe.feedback == "human" else settings.method
-    people = people_labels(run)
+    engines = Engines(run)
+    people = people_labels(run, engines)
     comparisons, unused = people.comparisons, people.unused
     same_position: dict[str, Any] = {}
     incoming = len(comparisons) + len(unused) + sum(people.more.values())
     if run.recipe.feedback != "human":
-        engines = Engines(run)
         panel = panel_of(run, engines)
         quality |= {"judge": qualities.measure_panel(panel), "judge_labels": method == "judge"}
         files.write_json(folder / "judge.json", quality["judge"])  # readable also where the next line stops the run
         if method == "judge":
             _refuse_weak_judge(run, quality["judge"])
-            made, aside, found = by_judge(run, engines, panel)
+            made, aside, found = by_judge(run, engines, panel, people.asked)
             quality |= found
             incoming += found["candidates"]
             same_position = {key: found["votes"][key] for key in ("same_position", "same_position_choice")}
         else:
             made, aside = {"revision": by_revision, "contrast": by_contrast}[method](run, engines)
-            source = revised_chains(run) if method == "revision" else run.select("train", settings.prompts_per_tag)
-            incoming += len(source)
+            revised = method == "revision" and run.round == 1
+            incoming += len(revised_chains(run) if revised else run.select("train", settings.prompts_per_tag))
         taken = {row.id for row in comparisons}
         unused += aside + [{"id": row.id, "reason": "in a file of labels already"} for row in made if row.id in taken]
         comparisons += [row for row in made if row.id not in taken]
@@ -135,10 +140,16 @@ def _refuse_weak_judge(run: Run, measured: dict[str, Any] | None) -> None:
 # --- by judges ----------------------------------------------------------------------------------------------------
 
 
-def by_judge(run: Run, engines: Engines, panel: Panel) -> tuple[list[Comparison], Unused, dict[str, Any]]:
-    """Let the judges vote on candidates; return the labels, the pairs without one, and how good the labels are."""
+def by_judge(
+    run: Run, engines: Engines, panel: Panel, without: frozenset[str] = frozenset()
+) -> tuple[list[Comparison], Unused, dict[str, Any]]:
+    """Let the judges vote on candidates; return the labels, the pairs without one, and how good the labels are.
+
+    `without` are the ids of candidates that people label.
+    """
     settings = run.recipe.label
     found, unused = collect(run, engines)
+    found = [one for one in found if one.id not in without]
     collected = len(found) + len(unused)
     candidates, flags = _unsteered(run, found, unused)
     if settings.safety:

@@ -38,6 +38,7 @@ TRAIN_TOGETHER = (
     "sft",
     "reward",
     "rejection",
+    "ppo",
 )  # the stages that several processes share; the first one does all others alone
 _PATIENCE = timedelta(days=365)  # followers wait while the first process labels, or trains alone
 _GRACE_SECONDS = 5.0
@@ -160,7 +161,8 @@ def refuse_unsupported(stages: Sequence[str] = ()) -> None:
         if os.environ.get(variable, "false").lower() in ("true", "1"):
             raise ConfigError(
                 f"{name}: not supported; every process holds the whole base, which is frozen and may have 4 bits. "
-                f"Launch with plain data parallelism (`accelerate launch --multi_gpu`), without {name}."
+                f"Launch with plain data parallelism (`accelerate launch --multi_gpu`), without {name}; for a base "
+                "that fits no GPU, `rlaif export` writes PPO for verl or OpenRLHF."
             )
 
 
@@ -198,11 +200,15 @@ def share(rows: Sequence[Row]) -> Sequence[Row]:
 
 def totals(*numbers: float) -> list[float]:
     """Add numbers up over all processes, in fp64."""
-    found = torch.tensor(numbers, dtype=torch.float64)
+    result: list[float] = add_up(torch.tensor(numbers, dtype=torch.float64)).tolist()
+    return result
+
+
+def add_up(found: torch.Tensor) -> torch.Tensor:
+    """Add a tensor on the CPU up over all processes, in place, however long one of them is waited for."""
     if process_count() > 1:
         dist.all_reduce(found, group=_join().group)
-    result: list[float] = found.tolist()
-    return result
+    return found
 
 
 def options() -> dict[str, Any]:

@@ -16,6 +16,7 @@ from rlaif.errors import DataError
 from rlaif.model.roles import SharedBase
 from rlaif.ppo_section import PpoSection
 from rlaif.records import read_jsonl
+from rlaif.stages import shares
 from rlaif.stages.checkpoints import POLICY
 from rlaif.stages.run import Run
 
@@ -56,9 +57,10 @@ class Ptx(NamedTuple):
         chosen = self.draw(seed, settings.ptx_batch)
         targets = sum(len(chunk) - 1 for chunk in chosen)
         total = 0.0
-        for start in range(0, len(chosen), settings.microbatch):
+        own = list(shares.own(chosen))
+        for start in range(0, len(own), settings.microbatch):
             with self.base.acting_as(POLICY, training=True):
-                loss = summed_loss(self.base, chosen[start : start + settings.microbatch]) / targets
+                loss = summed_loss(self.base, own[start : start + settings.microbatch]) / targets
                 torch.autograd.backward(settings.ptx_coef * loss)
             total += loss.item()
         return total

@@ -1,8 +1,9 @@
 """Stage `rejection`: best-of-N rejection sampling (Touvron et al. 2023, arXiv 2307.09288, section 3.2.1).
 
 The newest policy writes N responses to each train prompt, the reward model scores them, and the policy adapter is
-fine-tuned from SFT's on the best one of each prompt. Beside the best score stand the mean and that of a response drawn
-at random, so the gain of best-of-N is known; its price in KL is at most log N - (N - 1) / N.
+fine-tuned from SFT's on the best one of each prompt; in later rounds from the policy that was kept, on the best ones of
+earlier rounds as well, without which Llama 2 forgot what it had learned. Beside the best score stand the mean and that
+of a response drawn at random, so the gain of best-of-N is known; its price in KL is at most log N - (N - 1) / N.
 
 Responses without text are never the best. One that was cut is scored as if its turn ended there and, if it is the best,
 learned without an end.
@@ -29,6 +30,8 @@ from rlaif.model.roles import BASE, SharedBase
 from rlaif.records import Prompt, read_jsonl
 from rlaif.stages.actors import reward_model
 from rlaif.stages.cards import write_policy_card
+from rlaif.stages.gate import newest_policy, starting_policy
+from rlaif.stages.replay import replays
 from rlaif.stages.revise import question
 from rlaif.stages.reward_model import CALIBRATION, RewardModel
 from rlaif.stages.run import Run, path_sha256
@@ -38,29 +41,26 @@ from rlaif.stages.training import last_metrics
 NAME = "rejection"
 RESPONSES = "responses.jsonl"
 _SAMPLER = "sampler"
-_POLICIES = (("dpo", "policy"), ("ppo", "policy"), ("sft", "adapter"))  # the newest first
-
-
-def newest_policy(run: Run) -> tuple[str, Path | None]:
-    """Return the stage before this one that trained a policy last, and its adapter; else the base, which has none."""
-    found = [(stage, run.stage_folder(stage) / name) for stage, name in _POLICIES if stage in run.recipe.stages]
-    return found[0] if found else (BASE, None)
 
 
 def inputs(run: Run) -> dict[str, str]:
     """Return what this stage's result depends on."""
-    settings, (name, adapter) = run.recipe.rejection, newest_policy(run)
+    settings, newest = run.recipe.rejection, newest_policy(run, NAME)
     reward = run.stage_folder("reward")
+    earlier = {f"{RESPONSES}.{before.round}": before.stage_folder(NAME) / RESPONSES for before in run.earlier}
     return run.inputs(
         settings,
         files={
             "sft": run.stage_folder("sft") / "adapter",
-            **({f"policy.{name}": adapter} if adapter else {}),
+            **({f"policy.{newest.stage}": newest.adapter} if newest.adapter else {}),
             "reward": reward / "adapter",
             "reward.calibration": reward / CALIBRATION,
+            **starting_policy(run, NAME).as_input("start"),
+            **earlier,
         },
         prompts=run.prompts_hash(run.select("train", settings.prompts_per_tag)),
         reward_model=run.recipe.ppo.reward_model.model_dump(),
+        **({"replay": run.recipe.rounds.replay} if earlier else {}),
     )
 
 
@@ -78,10 +78,12 @@ def rejection(run: Run) -> dict[str, Any]:
         gc.collect()  # the base that has answered, before another one is loaded
     rows = [row for _, row in read_jsonl(path)]
     best = [row for row in rows if row["best"]]
-    start = run.output("sft", "adapter") if "sft" in run.recipe.stages else None
+    replayed = replayed_best(run)
+    start = starting_policy(run, NAME).found(run)
     base = run.load_base()
     base.add_role(ROLE, trainable=True, adapter=start)
-    sides = split(base, [Answered(row["messages"], row["response"], row["ended"]) for row in best], settings)
+    learned = [Answered(row["messages"], row["response"], row["ended"]) for row in [*best, *replayed]]
+    sides = split(base, learned, settings)
     prompts = len(rows) // settings.samples_per_prompt
     if not sides.train:
         raise DataError(
@@ -98,11 +100,14 @@ def rejection(run: Run) -> dict[str, Any]:
         f"The best responses score {gained['best_score']:.3f} on average and all responses {gained['mean_score']:.3f}, "
         "in standard deviations of the reward model.",
     ]
+    if replayed:
+        facts.append(f"{len(replayed)} best responses of earlier rounds were learned again.")
     write_policy_card(run, base, folder / "policy", facts)
     return {
         "prompts": prompts,
         "responses": len(rows),
         "no_text": prompts - len(best),
+        **({"replayed": len(replayed)} if run.round > 1 else {}),
         "too_long": sides.too_long,
         "train": len(sides.train),
         "heldout": len(sides.heldout),
@@ -127,6 +132,14 @@ def gain(rows: Sequence[dict[str, Any]]) -> dict[str, float | None]:
         "mean_score": [row["score"] for row in rows if row["prompt_id"] in prompts],
     }
     return {name: fmean(scores) if scores else None for name, scores in groups.items()}
+
+
+def replayed_best(run: Run) -> list[dict[str, Any]]:
+    """Return the best responses of earlier rounds that are learned again: a share of them, drawn by a hash."""
+    rows = [
+        (before, row) for before in run.earlier for _, row in read_jsonl(before.output(NAME, RESPONSES)) if row["best"]
+    ]
+    return [row for before, row in rows if replays(run, before.round, row["id"])]
 
 
 def _write_responses(run: Run, path: Path) -> None:
@@ -158,7 +171,7 @@ def _write_responses(run: Run, path: Path) -> None:
                     "score": scores[place],
                     "best": sample == marks,
                     "random": marks is not None and sample == drawn,
-                    "policy": newest_policy(run)[0],
+                    "policy": newest_policy(run, NAME).stage,
                 }
             )
     files.write_jsonl(path, rows)
@@ -172,11 +185,11 @@ def choose(texts: Sequence[str], scores: Sequence[float]) -> int | None:
 
 def _sample(run: Run, base: SharedBase, prompts: Sequence[Prompt]) -> list[Answer]:
     """Let the newest policy answer each prompt several times; answers stand prompt by prompt."""
-    settings, (name, adapter) = run.recipe.rejection, newest_policy(run)
+    settings, adapter = run.recipe.rejection, newest_policy(run, NAME).found(run)
     role = BASE
     if adapter:
         role = _SAMPLER
-        base.add_role(role, adapter=run.output(name, adapter.name))
+        base.add_role(role, adapter=adapter)
     engine = LocalEngine(base, role, batch_size=settings.batch_size, adapter=path_sha256(adapter) if adapter else "")
     questions = [
         question(run, f"{prompt.id}/rejection", prompt.messages, settings.sampling, sample=sample)

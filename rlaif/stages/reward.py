@@ -3,7 +3,8 @@
 The loss is Bradley-Terry with soft labels and an optional margin (Bai et al. 2022, section 4; Llama-2, arXiv
 2307.09288, section 3.2.2) or what the recipe names, plus a small penalty that keeps scores centred (Eisenstein et al.
 2023, arXiv 2312.09244). The score is read at the last token of the answer. With `cost`, a second adapter learns how
-harmful an answer is (Safe RLHF, arXiv 2310.12773), above 0 for unsafe.
+harmful an answer is (Safe RLHF, arXiv 2310.12773), above 0 for unsafe. In later rounds the adapters of the round before
+go on, with the round's labels and a share of earlier ones.
 
 Writes ``adapter/`` (PEFT, sequence classification), ``metrics.jsonl`` and ``calibration.json``: what the model is
 worth on held-out rows, and the shift and scale that `ppo` applies. Further adapters and the cost adapter stand in
@@ -21,13 +22,16 @@ from torch import nn
 
 from rlaif import files
 from rlaif.errors import DataError
+from rlaif.maths import agreement
 from rlaif.model.roles import SharedBase
 from rlaif.records import Comparison, Demonstration, Ranking, Rating, Row, read_rows
 from rlaif.sections import Combination
 from rlaif.stages import reward_audit as audit
 from rlaif.stages import reward_calibration as worth
 from rlaif.stages.cards import write_reward_card
+from rlaif.stages.replay import known_sides, replayed
 from rlaif.stages.reward_data import (
+    NOTHING_KNOWN,
     Labelled,
     Split,
     Usable,
@@ -47,6 +51,7 @@ from rlaif.stages.reward_model import (
     Scale,
     encode_group,
     part_folder,
+    read_calibration,
     roles_of,
 )
 from rlaif.stages.reward_pairs import decided, pairs_among
@@ -63,14 +68,37 @@ def inputs(run: Run) -> dict[str, str]:
     label = run.stage_folder("label")
     names = {name: label / f"{name}.jsonl" for name in _FILES}
     rows = {name: path for name, path in names.items() if name == "comparisons" or path.is_file()}
-    start = starting_adapter(run)
     reference = {"demonstrations": _demonstrations(run)} if "revise" in run.recipe.stages else {}
+    if run.round > 1:
+        return run.inputs(
+            run.recipe.reward,
+            files={**rows, **reference, **_of_earlier_rounds(run)},
+            replay=run.recipe.rounds.replay,
+        )
+    start = starting_adapter(run)
     own = {"sft" if run.recipe.reward.start_from == "sft" else "start": start} if start else {}
     return run.inputs(run.recipe.reward, files={**rows, **reference, **own})
 
 
-def starting_adapter(run: Run) -> Path | None:
-    """Return the adapter that training starts from: SFT's (Ouyang et al. 2022, section 3.5), or that of the recipe."""
+def _of_earlier_rounds(run: Run) -> dict[str, Path]:
+    """Return the adapters that training starts from, and the labels of all earlier rounds."""
+    roles = [*roles_of(REWARD, run.recipe.reward.num_adapters), *([COST] if run.recipe.reward.cost else [])]
+    rows = [
+        (f"{name}.{before.round}", before.stage_folder("label") / f"{name}.jsonl")
+        for before in run.earlier
+        for name in _FILES
+    ]
+    starts = {f"start.{role}": start for role in roles if (start := starting_adapter(run, role))}
+    return starts | {name: path for name, path in rows if path.is_file()}
+
+
+def starting_adapter(run: Run, role: str = REWARD) -> Path | None:
+    """Return the adapter that training starts from: SFT's (Ouyang et al. 2022, section 3.5), or that of the recipe.
+
+    In a later round it is that of the same role from the round before, with its head.
+    """
+    if run.round > 1:
+        return part_folder(run.earlier[-1].stage_folder(NAME), role) / "adapter"
     wanted = run.recipe.reward.start_from
     if wanted == "sft":
         return run.stage_folder("sft") / "adapter" if "sft" in run.recipe.stages else None
@@ -84,18 +112,22 @@ def _demonstrations(run: Run) -> Path:
 def reward(run: Run) -> dict[str, Any]:
     """Run the stage; return the counts for its manifest."""
     settings, folder = run.recipe.reward, run.stage_folder(NAME)
-    rows = read_labels(run)
+    rows, again, known = read_labels(run), [], NOTHING_KNOWN
     base = run.load_reward_base()
-    found = usable(base, rows, settings.max_length)
+    if run.round > 1:
+        earlier = [usable(base, read_labels(before), settings.max_length).rows for before in run.earlier]
+        again, known = replayed(run, earlier, rows), known_sides(earlier, settings.heldout_fraction)
+    found = usable(base, [*rows, *again], settings.max_length)
     files.write_jsonl(folder / "unused.jsonl", found.unused)
     dev_fraction = settings.heldout_fraction if settings.early_stopping_patience else 0.0
-    split = split_rows(found.rows, settings.heldout_fraction, dev_fraction=dev_fraction)
+    split = split_rows(found.rows, settings.heldout_fraction, dev_fraction=dev_fraction, known=known)
     refuse_too_few(run, rows, found, split)
     roles = roles_of(REWARD, settings.num_adapters)
     steps = [train_role(run, base, role, split) for role in roles][0]
     measured = measure(run, base, roles, split)
     counts = {
         "rows": len(rows),
+        **({"replayed": len(again)} if run.round > 1 else {}),
         **{
             f"unused_{reason.replace(' ', '_')}": count
             for reason, count in count_reasons(found.unused).items()
@@ -108,8 +140,33 @@ def reward(run: Run) -> dict[str, Any]:
         "steps": steps,
         "heldout_accuracy": measured["heldout"]["all"]["rate"],
     }
+    if run.round > 1:
+        own = {row.id for row in rows}
+        counts |= on_new_pairs(run, base, roles, [row for row in split.heldout if row.id in own])
     if settings.cost:
         counts |= train_cost(run, base, split)
+    return counts
+
+
+def on_new_pairs(run: Run, base: SharedBase, roles: list[str], rows: list[Labelled]) -> dict[str, Any]:
+    """Return the share of this round's own held-out pairs that the last round's model and this one's have right.
+
+    They are of the newest policy, which the last round's model has never seen answers of.
+    """
+    last = run.earlier[-1].stage_folder(NAME)
+    earlier = [f"last-{role}" for role in roles]
+    for name, role in zip(earlier, roles, strict=True):
+        base.add_role(name, adapter=part_folder(last, role) / "adapter")
+    counts: dict[str, Any] = {"new_pairs": 0, "new_pairs_right_before": None, "new_pairs_right": None}
+    for key, names, folder in (("_before", earlier, last), ("", roles, run.stage_folder(NAME))):
+        scales = [Scale(one["offset"], one["scale"]) for one in read_calibration(folder)["members"]]
+        model = RewardModel(base, names, scales, _MEAN)
+        scored = worth.score_rows(model, rows, run.recipe.reward.microbatch, run.progress, "scores of new pairs")
+        pairs, gaps = worth.pairs_of(scored, model.combine)
+        found = gaps[[place for place, pair in enumerate(pairs) if pair.preference > 0.5]]
+        if len(found):
+            share = agreement.win_rate(int((found > 0).sum()), int((found == 0).sum()), len(found)).rate
+            counts |= {"new_pairs": len(found), f"new_pairs_right{key}": share}
     return counts
 
 
@@ -160,7 +217,7 @@ def train_role(run: Run, base: SharedBase, role: str, split: Split) -> int:
     job = Job(role, folder, learned, watched, seed)
     if not job.train:
         raise DataError(f"{folder}: no row of weight above 0 is left to train on. Look at reward.weights.")
-    steps = train(run, base, job, settings, starting_adapter(run))
+    steps = train(run, base, job, settings, starting_adapter(run, role))
     files.write_json(folder / "trained.json", {"steps": steps, "examples": len(job.train)})
     base.save_role(role, folder / "adapter")
     base.freeze(role)
@@ -171,12 +228,16 @@ def add_starting_role(run: Run, base: SharedBase, role: str) -> None:
     """Add a role with the weights that training starts from.
 
     A reward keeps the head of the adapter or of the reward model that it starts from. A cost is something else, and
-    gets a new head always.
+    gets a new head in the first round. In later rounds all go on as they were.
     """
-    settings, start = run.recipe.reward, starting_adapter(run)
-    if start and settings.start_from == "sft":
+    settings, start = run.recipe.reward, starting_adapter(run, role)
+    if run.round > 1:
+        run.earlier[-1].output(NAME, "adapter")
+    elif start and settings.start_from == "sft":
         run.output("sft", "adapter")
     base.add_role(role, trainable=True, head=True, outputs=1 if role == COST else settings.num_heads, adapter=start)
+    if run.round > 1:
+        return
     weight = base.head_weight(role)
     with torch.no_grad():
         if role != COST and base.ready_head is not None and not weight.any():

@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 from rlaif import bag_of_words
 from rlaif.maths import agreement
 from rlaif.maths.association import Association, associations
-from rlaif.model.groups import joined
 from rlaif.records import Comparison, Messages, text_of
 from rlaif.stages.reward_calibration import Scored, pairs_of
 from rlaif.stages.reward_data import prompt_key
@@ -135,14 +134,15 @@ def preferred(
         versions: as many prompts for each of them, of which the common beginning is computed once.
         size: comparisons in a pass.
     """
-    groups = [
-        joined([encode_group(model, prompt, [row.chosen, row.rejected]) for prompt in prompts])
-        for row, prompts in zip(rows, versions, strict=True)
-    ]
     found: list[list[bool]] = []
-    for start in range(0, len(groups), size):
-        part = groups[start : start + size]
-        scores = model.score(part).reshape(len(part), -1, 2)
+    for start in range(0, len(rows), size):
+        part = range(start, min(start + size, len(rows)))
+        groups = [
+            encode_group(model, prompt, [rows[index].chosen, rows[index].rejected])
+            for index in part
+            for prompt in versions[index]
+        ]
+        scores = model.score(groups).reshape(len(part), -1, 2)
         found += (scores[..., 0] > scores[..., 1]).tolist()
     return found
 

@@ -59,6 +59,16 @@ class Split(NamedTuple):
     heldout: Sequence[Labelled]
 
 
+class Known(NamedTuple):
+    """Prompts, by `prompt_key`, whose side earlier rounds have settled."""
+
+    train: frozenset[str] = frozenset()
+    heldout: frozenset[str] = frozenset()
+
+
+NOTHING_KNOWN = Known()
+
+
 class Usable(NamedTuple):
     """Rows that can be used, those that cannot (``{"id", "reason"}``), and how many say the reverse of another one."""
 
@@ -108,20 +118,24 @@ def reversals(rows: Sequence[Labelled]) -> int:
     return sum((prompt, rejected, chosen) in pairs for prompt, chosen, rejected in pairs)
 
 
-def split_rows(rows: Sequence[Labelled], fraction: float, *, dev_fraction: float = 0.0) -> Split:
+def split_rows(
+    rows: Sequence[Labelled], fraction: float, *, dev_fraction: float = 0.0, known: Known = NOTHING_KNOWN
+) -> Split:
     """Hold out rows by prompt, for each tag: those marked ``eval``, else a share chosen by a hash of the prompt.
 
     All rows of a prompt stand on one side, whatever their tags, kinds and marks: measured is what was never trained
-    on. Rows to stop training by are taken from those to train on, so that the measure stays untouched.
+    on. Rows to stop training by are taken from those to train on, so that the measure stays untouched. A known prompt
+    stays on its side, and the share is one of the others.
     """
     out: set[str] = set()
     dev: set[str] = set()
     ordered = sorted(((row, prompt_key(row)) for row in rows), key=lambda one: one[0].tag)  # stable: as in the file
     for _, group in itertools.groupby(ordered, key=lambda one: one[0].tag):
         keyed = list(group)
-        marked = {key for row, key in keyed if row.split == "eval"}
+        marked = {key for row, key in keyed if row.split == "eval"} - known.train
         prompts = sorted({key for _, key in keyed})
-        chosen = marked or set(prompts[: math.ceil(fraction * len(prompts))])
+        new = [prompt for prompt in prompts if prompt not in known.train and prompt not in known.heldout]
+        chosen = (marked or set(new[: math.ceil(fraction * len(new))])) | (known.heldout & set(prompts))
         rest = [prompt for prompt in prompts if prompt not in chosen]
         out |= chosen
         dev |= set(rest[: math.ceil(dev_fraction * len(rest))])

@@ -13,13 +13,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rlaif.errors import StageError
+from rlaif.errors import DataError, StageError
 from rlaif.maths.composition import mean_score, uncertainty_weighted, worst_score
 from rlaif.model import sampling
 from rlaif.model.groups import Group, score_groups
 from rlaif.model.roles import SharedBase
 from rlaif.records import Messages, Prompt, assistant, text_of
 from rlaif.sections import Combination
+from rlaif.stages import shares
 
 REWARD, COST = "reward", "cost"
 CALIBRATION = "calibration.json"
@@ -70,6 +71,7 @@ class RewardModel:
             combination: how members become one score.
         """
         self.base, self.roles, self.scales, self.combination = base, list(roles), list(scales), combination
+        self._columns: list[int] | None = None  # members of the roles that count; None: all
 
     @classmethod
     def load(cls, base: SharedBase, stage: Path, combination: Combination, role: str = REWARD) -> "RewardModel":
@@ -85,6 +87,16 @@ class RewardModel:
         scales = [Scale(one["offset"], one["scale"]) for one in measured["members"]]
         return cls(base, roles, scales, combination)
 
+    def only(self, *numbers: int) -> "RewardModel":
+        """Return the model of some members alone, numbered from 1 over roles and their outputs."""
+        heads = [(role, place) for role in self.roles for place in range(len(self.base.head_weight(role)))]
+        kept = [heads[number - 1] for number in numbers]
+        roles = [role for role in self.roles if role in dict(kept)]
+        within = [one for one in heads if one[0] in roles]
+        part = RewardModel(self.base, roles, [self.scales[number - 1] for number in numbers], self.combination)
+        part._columns = [within.index(one) for one in kept]
+        return part
+
     @torch.no_grad()
     def members(self, batch: sampling.Batch | Sequence[Group]) -> Tensor:
         """Return each member's score of each response, ``[B, M]``, fp32, on the members' own scales.
@@ -97,7 +109,8 @@ class RewardModel:
             with self.base.acting_as(role):
                 scores = score_groups(self.base, role, groups)
             parts.append(scores if scores.dim() == 2 else scores.unsqueeze(1))
-        return torch.cat(parts, 1)
+        found = torch.cat(parts, 1)
+        return found if self._columns is None else found[:, self._columns]
 
     def combine(self, members: Tensor) -> Tensor:
         """Make one score of each row of members: ``[B, M]`` to ``[B]``."""
@@ -113,6 +126,7 @@ class RewardModel:
         """Return one score of each response, ``[B]``."""
         return self.combine(self.members(batch))
 
+    @shares.by_rows
     def score_responses(
         self,
         base: SharedBase,
@@ -130,6 +144,10 @@ class RewardModel:
             responses: the texts of the responses to them.
             batch: the same, packed.
             size: rows in a pass.
+
+        Raises:
+            DataError: a response does not fit the context of a model on a base of its own.
+            StageError: a score that is not a finite number.
         """
         parts: Sequence[sampling.Batch | Sequence[Group]]
         if self.base is base:
@@ -137,8 +155,29 @@ class RewardModel:
         else:
             pairs = zip(rows, responses, strict=True)
             groups = [encode_group(self, row.messages, [assistant(text)]) for row, text in pairs]
+            self._refuse_long(rows, groups)
             parts = [groups[start : start + size] for start in range(0, len(groups), size)]
-        return torch.cat([self.score(part) for part in parts]).to(batch.ids.device)
+        scores = torch.cat([self.score(part) for part in parts]).to(batch.ids.device)
+        bad = (~scores.isfinite()).nonzero().flatten().tolist()
+        if bad:
+            where = f" (to `{rows[bad[0]].id}`)" if rows else ""
+            raise StageError(
+                f"the reward model ({', '.join(self.roles)}) gives response {bad[0] + 1}{where} the score "
+                f"{scores[bad[0]].item()}; {len(bad)} of {len(scores)} scores are not finite. Nothing was learned "
+                "from them. Run the stage `reward` again with a lower reward.learning_rate, or load the model in "
+                "another precision (model.dtype)."
+            )
+        return scores
+
+    def _refuse_long(self, rows: Sequence[Prompt], groups: Sequence[Group]) -> None:
+        for row, group in zip(rows, groups, strict=True):
+            length = len(group.prompt) + max(map(len, group.responses))
+            if length > self.base.max_length:
+                raise DataError(
+                    f"`{row.id}`: prompt and response have {length} tokens of the reward model's tokenizer; its "
+                    f"context holds {self.base.max_length}. Shorten the prompt, lower ppo.sampling.max_new_tokens, or "
+                    "take a reward.model with a longer context."
+                )
 
     @property
     def scale(self) -> Scale:
@@ -152,6 +191,8 @@ class RewardModel:
         says exactly what the mean of its heads says, ``head(hidden) - offset``.
         """
         weight = self.base.head_weight(self.roles[0]).detach()
+        if self._columns is not None:
+            weight = weight[[column for column in self._columns if column < len(weight)]]
         scales = self.scales[: len(weight)]
         if len(self.scales) == 1:
             return weight.clone(), 0.0

@@ -11,6 +11,7 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from rlaif.errors import ConfigError, DataError
+from rlaif.stages import shares
 
 GROUP = "rlaif.rewards"
 RewardFunction = Callable[..., Sequence[float | None]]
@@ -49,16 +50,26 @@ def call_function(
     Raises:
         DataError: the wrong number of scores, or one that is not a finite number.
     """
-    scores = _scores(name, function, prompts, responses, **columns)
-    return [_finite(name, index, score) for index, score in enumerate(scores)]
+
+    def ask() -> list[float]:
+        scores = _scores(name, function, prompts, responses, **columns)
+        return [_finite(name, index, score, columns) for index, score in enumerate(scores)]
+
+    return shares.from_first(ask, len(responses))
 
 
 def call_where_it_applies(
     name: str, function: RewardFunction, prompts: Sequence[str], responses: Sequence[str], **columns: Any
 ) -> list[float | None]:
     """Score responses with a function that may return None for some, as TRL allows; other checks are the same."""
-    scores = _scores(name, function, prompts, responses, **columns)
-    return [None if score is None else _finite(name, index, score) for index, score in enumerate(scores)]
+
+    def ask() -> list[float]:
+        scores = _scores(name, function, prompts, responses, **columns)
+        return [
+            math.nan if score is None else _finite(name, index, score, columns) for index, score in enumerate(scores)
+        ]
+
+    return [None if math.isnan(number) else number for number in shares.from_first(ask, len(responses))]
 
 
 def _scores(
@@ -70,13 +81,16 @@ def _scores(
     return scores
 
 
-def _finite(name: str, index: int, score: Any) -> float:
+def _finite(name: str, index: int, score: Any, columns: dict[str, Any]) -> float:
     try:
         number = float(score)
     except (TypeError, ValueError):
         number = math.nan
     if not math.isfinite(number):
-        raise DataError(f"reward function `{name}`: score {index} is {score}; PPO needs a finite number for each row.")
+        of = f" (of a response to `{columns['id'][index]}`)" if "id" in columns else ""
+        raise DataError(
+            f"reward function `{name}`: score {index}{of} is {score}; PPO needs a finite number for each row."
+        )
     return number
 
 

@@ -3,7 +3,7 @@
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -28,32 +28,41 @@ from rlaif.prompt_sets import PromptSet, read_prompts, refuse_leaks
 from rlaif.prompting import Template, load_template
 from rlaif.recipe import ENGINE_KEYS, FOLDERS, Loaded, PromptFile, Recipe
 from rlaif.records import Prompt, Split, with_system
+from rlaif.rounds import ONCE, folder_name, round_folder
 
 # Keys that decide whether or how a stage goes on, never what it writes: changing one repeats no work.
 _NOT_DETERMINING = {
     "allow_weak_judge",
     "allow_weak_reward",
     "candidate_files",  # their content counts
+    "health",
+    "independent",  # `independent_inputs`
+    "constraint",  # counts where there is one (`constraint_inputs`)
     "min_heldout_accuracy",
     "min_judge_accuracy",
     "ptx_file",  # its content counts
     "reference",  # its content counts
     "report_to",
+    "sampling_batch",  # rows at a time
     "save_steps",
     "save_every_updates",
 }
-# Keys that name an engine: what it is asked with counts (`Run.asked`), and not what the recipe calls it.
-_NAMES = {key for keys in ENGINE_KEYS.values() for key in keys}
+# Keys that count only where they are not at their default, so that runs from before they counted stay up to date.
+_LATER = {"critic", "final_entropy_coef", "final_temperature", "reference_share"}
+# Keys that decide how many rows are computed at a time. They count as their defaults, so that memory which has run out
+# costs no finished work.
+_ROWS_AT_A_TIME = ("batch_size", "microbatch")
 
 
 @dataclass
 class Run:
-    """One run: its recipe, folder, journal and progress."""
+    """One run in one of its rounds: its recipe, folder, journal and progress."""
 
     loaded: Loaded
     folder: Path
     journal: Journal
     progress: Progress
+    round: int = 1
     fetches: ClassVar[bool] = True  # whether what is not on this machine may be fetched
 
     @property
@@ -130,9 +139,24 @@ class Run:
             category="" if tag else prompt.category,
         )
 
+    def in_round(self, number: int) -> "Run":
+        """Return the same run in another round."""
+        return self if number == self.round else replace(self, round=number)
+
+    @property
+    def earlier(self) -> "list[Run]":
+        """The same run in each round before this one, from the first."""
+        return [self.in_round(number) for number in range(1, self.round)]
+
+    @property
+    def round_folder(self) -> Path:
+        """The folder that this round's stages stand in: the run folder in the first round."""
+        return round_folder(self.folder, self.round)
+
     def stage_folder(self, stage: str) -> Path:
         """Return a stage's folder, such as ``1-revise``; stages that a recipe may do without have the last numbers."""
-        return self.folder / f"{FOLDERS.index(stage) + 1}-{stage}"
+        parent = self.folder if stage in ONCE else self.round_folder
+        return parent / f"{FOLDERS.index(stage) + 1}-{stage}"
 
     def output(self, stage: str, name: str) -> Path:
         """Return a file or folder that an earlier stage wrote.
@@ -142,7 +166,10 @@ class Run:
         """
         path = self.stage_folder(stage) / name
         if not path.exists():
-            raise StageError(f"{path}: not there yet. Run the stage `{stage}` first: rlaif {stage} {self.loaded.path}")
+            option = "" if self.round == 1 or stage in ONCE else f" --round {self.round}"
+            raise StageError(
+                f"{path}: not there yet. Run the stage `{stage}` first: rlaif {stage} {self.loaded.path}{option}"
+            )
         return path
 
     def has_output(self, stage: str) -> bool:
@@ -238,18 +265,25 @@ class Run:
         return self.recipe.engines[name]
 
     def seed(self, *parts: str | int) -> int:
-        """Return a seed that depends on the run's seed and on what it is for, and on nothing else."""
-        digest = hashlib.sha256(repr((self.recipe.seed, *parts)).encode()).digest()
+        """Return a seed that depends on the run's seed, on the round, on what it is for, and on nothing else."""
+        later = () if self.round == 1 else (folder_name(self.round),)
+        digest = hashlib.sha256(repr((self.recipe.seed, *later, *parts)).encode()).digest()
         return int.from_bytes(digest[:8], "big") >> 1
 
     # --- what a stage's result depends on ---------------------------------------------------------------------
 
     def inputs(self, *sections: BaseModel, files: dict[str, Path] | None = None, **named: Any) -> dict[str, str]:
         """Return fingerprints of all that a stage's result depends on, by name."""
-        result = {"seed": str(self.recipe.seed), "model": fingerprint(self.recipe.model.model_dump())}
+        model = self.recipe.model.model_dump() | {"gradient_checkpointing": False}  # gradients are the same with it
+        result = {"seed": str(self.recipe.seed), "model": fingerprint(model)}
         for section in sections:
-            content = section.model_dump(exclude=_NOT_DETERMINING | _NAMES)
-            result[f"recipe.{type(section).__name__.removesuffix('Section').lower()}"] = fingerprint(content)
+            fields = type(section).model_fields
+            name = type(section).__name__.removesuffix("Section").lower()
+            unset = {key for key in _LATER & fields.keys() if getattr(section, key) == fields[key].get_default()}
+            # What an engine is asked with counts (`Run.asked`), and not what the recipe calls it.
+            content = section.model_dump(exclude=_NOT_DETERMINING | set(ENGINE_KEYS.get(name, ())) | unset)
+            content |= {key: fields[key].default for key in _ROWS_AT_A_TIME if key in content}
+            result[f"recipe.{name}"] = fingerprint(content)
         result |= {name: fingerprint(value) for name, value in named.items()}
         result |= {name: path_sha256(path) for name, path in (files or {}).items()}
         return result

@@ -20,6 +20,7 @@ from rlaif.stages.run import Run
 
 METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
+STARTED = "started.json"  # of a stage that has begun: the fingerprint of its inputs; each checkpoint holds a copy
 # What trainers log, under this package's names, and what is not kept.
 _NAMES = {
     "grad_norm": "gradient_norm",
@@ -82,8 +83,17 @@ def resume_point(run: Run, folder: Path, *, measured_at_end: bool = True) -> str
 
     With `measured_at_end` the held-out loss after the last step is measured again, so its row goes. Unfinished
     checkpoints are removed, so that none is taken for a newer one later.
+
+    Raises:
+        StageError: the checkpoint was written under other inputs, such as those of another recipe.
     """
     checkpoint = files.newest_complete(folder / CHECKPOINTS, "checkpoint-*")
+    if checkpoint and _started(checkpoint) != _started(folder, folder.parent):
+        raise StageError(
+            f"{checkpoint}: written under other inputs than this stage's: by another recipe, with other data or "
+            "another version; a checkpoint of this run is expected. Move it away, or remove the folder "
+            f"{checkpoint.parent}, then run again."
+        )
     step = step_of(checkpoint)
     for other in (folder / CHECKPOINTS).glob("checkpoint-*"):
         if checkpoint is None or step_of(other) > step:
@@ -99,6 +109,22 @@ def resume_point(run: Run, folder: Path, *, measured_at_end: bool = True) -> str
     if checkpoint:
         run.progress.say(f"  continuing after step {step}")
     return str(checkpoint) if checkpoint else None
+
+
+def close_checkpoint(checkpoint: Path, folder: Path) -> None:
+    """Note in a checkpoint of a stage (or of a part in the stage's folder) what the stage began with; mark it complete.
+
+    A stage that is called without the pipeline has noted nothing.
+    """
+    started = _started(folder, folder.parent)
+    if started:
+        files.write_bytes(checkpoint / STARTED, started)
+    files.mark_complete(checkpoint)
+
+
+def _started(*folders: Path) -> bytes:
+    """Return what the first of the folders with such a note says; nothing where none has one."""
+    return next((path.read_bytes() for path in (folder / STARTED for folder in folders) if path.is_file()), b"")
 
 
 def step_of(checkpoint: str | Path | None) -> int:
@@ -163,7 +189,7 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Write the marker without which a checkpoint is not resumed from."""
-        files.mark_complete(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+        close_checkpoint(Path(args.output_dir) / f"checkpoint-{state.global_step}", self._folder)
 
 
 def last_metrics(folder: Path) -> dict[str, Any]:

@@ -39,30 +39,43 @@ def machine(threads: int) -> str:
 
 def text_ids(base) -> tuple[list[int], list[int]]:
     """Return the shipped prompts as one stream of ids, and the ids that close a user's turn."""
-    rows = [json.loads(line) for path in sorted((ROOT / "prompts").glob("*.jsonl")) for line in path.open()]
-    texts = [row["prompt"] for row in rows if "prompt" in row]  # attacks.jsonl holds something else
-    stream = base.tokenizer.prompt([{"role": "user", "content": " ".join(texts)}])
+    stream = base.tokenizer.prompt([{"role": "user", "content": shipped_text()}])
     short = base.tokenizer.prompt([{"role": "user", "content": "one"}])
     other = base.tokenizer.prompt([{"role": "user", "content": "two"}])
     same = next(i for i in range(1, len(short)) if short[-i] != other[-i]) - 1
     return stream[: len(stream) - same], short[len(short) - same :]
 
 
-def timed(run: Variant, seed: int) -> Timed:
-    """Run a variant once."""
-    gc.collect()
-    gpu = torch.cuda.is_available()
-    if gpu:
+def shipped_text() -> str:
+    """Return the texts of the shipped prompts, one after the other."""
+    rows = [json.loads(line) for path in sorted((ROOT / "prompts").glob("*.jsonl")) for line in path.open()]
+    return " ".join(row["prompt"] for row in rows if "prompt" in row)  # attacks.jsonl holds something else
+
+
+def reset_peak() -> None:
+    """Forget how much memory this process has needed so far."""
+    if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     else:
         Path("/proc/self/clear_refs").write_text("5")  # sets the peak of the resident size back
+
+
+def peak_gib() -> float:
+    """Return the most memory since `reset_peak`, in GiB: a GPU's, else the resident size of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    status = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) / 2**20
+
+
+def timed(run: Variant, seed: int) -> Timed:
+    """Run a variant once."""
+    gc.collect()
+    reset_peak()
     began, began_cpu = time.perf_counter(), time.process_time()
     done = run(seed)
     seconds, cpu = time.perf_counter() - began, time.process_time() - began_cpu
-    status = Path("/proc/self/status").read_text().splitlines()
-    resident = next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
-    peak = torch.cuda.max_memory_allocated() / 2**30 if gpu else resident / 2**20
-    return Timed(done / seconds, done / cpu, peak)
+    return Timed(done / seconds, done / cpu, peak_gib())
 
 
 def spread(values: list[float], digits: int = 2) -> str:

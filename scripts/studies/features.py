@@ -102,16 +102,12 @@ def _states(base: SharedBase, groups: Sequence[Group], layers: Sequence[int]) ->
     with base.acting_as(BASE), _captured(base, layers) as seen:
         seen[len(base.lm.get_decoder().layers)] = base.packed(layout, layout.ids)
     states = torch.stack([seen[layer].reshape(len(layout.ids), -1) for layer in layers], 1).float().cpu()  # [N, S, H]
-    found, place = [], 0
+    found, places = [], iter(layout.places)
     for group in groups:
-        place += len(group.prompt)
-        before = states[place - 1]
-        own = []
-        for response in group.responses:
-            own.append(states[place : place + len(response)])
-            place += len(response)
+        rows = [next(places) for _ in group.responses]
+        own = [states[row[len(group.prompt) :]] for row in rows]
         ends, means = torch.stack([part[-1] for part in own]), torch.stack([part.mean(0) for part in own])
-        found.append({"prompt": before.clone(), "end": ends, "mean": means})
+        found.append({"prompt": states[rows[0][len(group.prompt) - 1]].clone(), "end": ends, "mean": means})
     return found
 
 

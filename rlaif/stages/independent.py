@@ -1,0 +1,67 @@
+"""A score that the policy does not optimize, to see over-optimization: the reward rises, and what it stands for falls.
+
+Gao et al. 2023 (arXiv 2210.10760) draw both against the square root of the KL to the reference. The parts of
+`ppo.independent` are scored as those of `ppo.rewards` are, and averaged by their weights; nothing of it reaches a
+gradient. A `member` of the reward model is taken out of the reward, which then does without.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from rlaif import health
+from rlaif.model.roles import SharedBase
+from rlaif.model.sampling import Batch
+from rlaif.records import Prompt
+from rlaif.reward_parts import CompositeSection
+from rlaif.stages.composite import Composite
+from rlaif.stages.judged_reward import judge_inputs
+from rlaif.stages.reward_model import RewardModel
+from rlaif.stages.run import Run
+
+
+def needs_model(run: Run) -> bool:
+    """Tell whether the independent score takes the reward model, or one of its members."""
+    return any(part.model or part.member for part in run.recipe.ppo.independent)
+
+
+def independent_of(run: Run, base: SharedBase, model: RewardModel | None) -> Composite | None:
+    """Return what gives the independent score; None where the recipe asks for none.
+
+    Args:
+        run: the run.
+        base: the shared base; a cost adapter is added to it.
+        model: the whole reward model, where `needs_model`.
+    """
+    parts = run.recipe.ppo.independent
+    return Composite(run, base, model, "ppo", CompositeSection(rewards=list(parts))) if parts else None
+
+
+def optimized(run: Run, model: RewardModel) -> RewardModel:
+    """Return the reward model without the members that are kept for the independent score."""
+    kept_out = {part.member for part in run.recipe.ppo.independent if part.member}
+    numbers = range(1, len(model.scales) + 1)
+    return model.only(*(number for number in numbers if number not in kept_out)) if kept_out else model
+
+
+def independent_figures(
+    independent: Composite | None, rows: Sequence[Prompt], responses: Sequence[str], batch: Batch, own: Tensor
+) -> dict[str, float]:
+    """Return mean and deviation of the independent score of a rollout, in deviations of the first one, as metrics.
+
+    They are of the responses that the policy has drawn itself (`own`, ``[B]``).
+    """
+    if independent is None:
+        return {}
+    weights = sum(part.weight for part in independent.settings.rewards)
+    scores = independent.score(rows, responses, batch).total[own] / weights
+    return {health.INDEPENDENT: scores.mean().item(), health.INDEPENDENT_SPREAD: scores.std(correction=0).item()}
+
+
+def independent_inputs(run: Run) -> dict[str, Any]:
+    """Return what the independent score depends on, for the stage's inputs; nothing where there is none."""
+    parts = run.recipe.ppo.independent
+    found = {"independent": [part.model_dump() for part in parts]} if parts else {}
+    judged = judge_inputs(run) if any(part.judge for part in parts) else {}
+    return found | {f"independent.{name}": value for name, value in judged.items()}
