@@ -298,13 +298,14 @@ def test_the_reward_stage_itself_can_be_poisoned_and_is_taken_up_again(monkeypat
 
 def test_heads_are_compared_with_the_bag_of_words_and_one_is_chosen(monkeypatch, data, tiny_model, capsys):
     options = ["--model", str(tiny_model), "--layers", "1", "2", "--seeds", "2", "--folds", "3"]
+    options += ["--hidden-layers", "2"]
     study = script("frozen_heads")
     monkeypatch.setattr(study, "HIDDEN", study.HIDDEN[:1])
     monkeypatch.setattr(sys, "argv", ["frozen_heads", "--data", str(data), "--cache", str(data.parent), *options])
     assert study.main() == 0
     (found,) = tables(capsys.readouterr().out)
-    assert [line[0].strip() for line in found[2:]].count("linear") == 3 * 3
-    assert [line[2] for line in found if line[0] == "hidden"] == ["1", "2"]
+    assert [line[0].strip() for line in found[2:]].count("linear") == 3 * 2
+    assert [line[2] for line in found if line[0] == "hidden"] == ["2"]
     words, both = found[2], found[-1]
     assert words[3].startswith("1.000 [") and words[5] == "+0.0 [+0.0, +0.0]"  # words say which of these is better
     assert both[0] == "chosen among all, and bag of words" and both[3].startswith("1.000 [")
