@@ -27,8 +27,9 @@ LETTERS = {"reward_function": "small_letters", "num_ppo_epochs": 1}
 
 @pytest.fixture
 def rules(monkeypatch, functions):
-    """Let parts of an independent score name the functions of tiny_ppo."""
-    monkeypatch.setattr("rlaif.stages.composite.find_function", lambda name, key: getattr(tiny_ppo, name), raising=True)
+    """Let parts of a score, and a constraint, name the functions of tiny_ppo."""
+    for module in ("composite", "constraint"):
+        monkeypatch.setattr(f"rlaif.stages.{module}.find_function", lambda name, key: getattr(tiny_ppo, name))
 
 
 # --- numbers that are none -------------------------------------------------------------------------------------------
@@ -148,7 +149,7 @@ def test_an_independent_score_changes_nothing_that_is_learned_and_is_resumed_on_
 
 @pytest.mark.slow
 def test_ppo_writes_every_metric_that_its_page_explains_and_no_other(opened, rules):
-    """One run with all that adds metrics: a critic, the KL in the loss, plain text, parts and an independent score."""
+    """One run with all that adds metrics: critics, the KL in the loss, plain text, several scores, exploration."""
     Path("text.txt").write_text("Some plain text. " * 4)
     run = opened(
         rewards=[{"name": "NAME", "function": "small_letters"}],
@@ -158,11 +159,15 @@ def test_ppo_writes_every_metric_that_its_page_explains_and_no_other(opened, rul
         ptx_file=str(Path("text.txt").resolve()),
         ptx_length=16,
         ptx_batch=1,
-        updates=1,
+        constraint={"function": "few_small_letters"},
+        final_temperature=0.9,
+        final_entropy_coef=0.01,
+        reference_share=0.9,
+        updates=2,
     )
     ppo.ppo(run)
     documented = {key for cells in rows(PAGES["ppo.md"], "## Metrics")[1:] for key in ticked(cells[0])}
-    assert set(metrics(run)[0]) == documented
+    assert set().union(*metrics(run)) == documented
 
 
 # --- what does not belong here ---------------------------------------------------------------------------------------
