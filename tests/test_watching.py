@@ -162,7 +162,10 @@ def test_ppo_writes_every_metric_that_its_page_explains_and_no_other(opened, rul
         constraint={"function": "few_small_letters"},
         final_temperature=0.9,
         final_entropy_coef=0.01,
-        reference_share=0.9,
+        reference_share=0.5,
+        rollout_batch=8,
+        minibatch=8,
+        microbatch=4,
         updates=2,
     )
     ppo.ppo(run)
