@@ -30,8 +30,8 @@ from rlaif.recipe import Loaded, load_recipe
 from rlaif.rounds import Step, chosen, steps_of
 from rlaif.stages import gate, processes
 from rlaif.stages.run import Run
+from rlaif.stages.training import CHECKPOINTS, STARTED
 
-STARTED, CHECKPOINTS = "started.json", "checkpoints"
 _PACKAGES = (
     "rlaif-toolkit",
     "torch",

@@ -97,7 +97,8 @@ def restore(
 
 def _cut_samples(samples: Path, step: int) -> None:
     """Keep the samples up to a step."""
+    kept: list[dict[str, Any]] = []
     if step and samples.exists():
         files.repair_jsonl(samples)
-    kept = [row for _, row in read_jsonl(samples) if row["step"] <= step] if step and samples.exists() else []
+        kept = [row for _, row in read_jsonl(samples) if row["step"] <= step]
     files.write_jsonl(samples, kept)

@@ -187,7 +187,8 @@ def ppo(run: Run) -> dict[str, Any]:
             must_stop = watch.after(update, figures)
             if must_stop or (update + 1) % settings.save_every_updates == 0:
                 save(run, base, optimizer, kl, update + 1, scale_of(actors), constraint)
-            watch.stop()
+            if must_stop:
+                watch.stop()
             note = f"score {figures['rollout/score']:.2f} kl {figures['rollout/kl_to_reference']:.2f}"
             task.advance(1, tokens=int(mask.sum()), note=note)
     return finish(run, actors)
