@@ -39,11 +39,11 @@ def test_what_every_variant_sets_is_a_recipe(name, tmp_path):
     module = script(name)
     parts = {
         "exploration": lambda: [(known_reward.SCORED, module.EXPLORED), (known_reward.LEARNED, module.UNCERTAIN)],
-        "ablations": lambda: [(known_reward.SCORED, module.ABLATED), (known_reward.SCORED, module.ALGORITHMS)],
+        "ablations": lambda: [part[1:] for embedded in (False, True) for part in module.parts(embedded)],
     }[name]()
     for recipe, variants in parts:
-        path = known_reward.written(tmp_path, name, recipe, "tiny", 3)
-        found = [load_recipe(path, list(one.sets)).recipe.ppo for one in variants]
+        path = recipe if isinstance(recipe, str) else known_reward.written(tmp_path, name, recipe)
+        found = [load_recipe(path, [*one.sets, "model=tiny"]).recipe.ppo for one in variants]
         assert len({one.model_dump_json() for one in found}) == len(variants)  # each sets something of its own
 
 
@@ -51,7 +51,8 @@ def test_what_every_variant_sets_is_a_recipe(name, tmp_path):
 def test_a_study_prints_a_row_for_each_variant_from_runs_on_unseen_prompts(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(sys, "argv", ["x", "--folder", str(tmp_path), "--seeds", "1", "--updates", "2"])
     variants = [Variant("none"), Variant("share", ["ppo.reference_share=0.5"])]
-    assert known_reward.main([("part", known_reward.SCORED, variants)], "", curves=["part"]) == 0
+    options = known_reward.parser("").parse_args()
+    assert known_reward.main([("part", known_reward.SCORED, variants)], options, curves=["part"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(" | ")[0] for line in lines if line.startswith("| ")] == [
         *("| variant", "| none", "| share"),
@@ -64,5 +65,6 @@ def test_a_study_prints_a_row_for_each_variant_from_runs_on_unseen_prompts(monke
 
 def test_a_mistake_ends_with_a_message_and_2(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(sys, "argv", ["x", "--folder", str(tmp_path), "--model", "no/such", "--updates", "2"])
-    assert known_reward.main([("part", known_reward.SCORED, [Variant("none", ["ppo.lam=7"])])], "") == 2
+    options = known_reward.parser("").parse_args()
+    assert known_reward.main([("part", known_reward.SCORED, [Variant("none", ["ppo.lam=7"])])], options) == 2
     assert "ppo.lam" in capsys.readouterr().err

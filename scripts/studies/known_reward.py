@@ -82,6 +82,9 @@ class Variant(NamedTuple):
     sets: Sequence[str] = ()
 
 
+Part = tuple[str, dict | str, Sequence[Variant]]  # its name, the content of a recipe or the name of one, its rows
+
+
 class Outcome(NamedTuple):
     """What a run came to, on prompts that it was not trained on, at temperature 1."""
 
@@ -97,15 +100,15 @@ def parser(description: str) -> argparse.ArgumentParser:
     """Return the options of the studies of PPO."""
     options = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--folder", type=Path, required=True, help="where the recipes, the model and the runs go")
-    options.add_argument("--model", help="absent: a random model of two layers, written into the folder")
+    options.add_argument("--model", help="absent: a random model of two layers, or that of a shipped recipe")
     options.add_argument("--seeds", type=int, default=3)
-    options.add_argument("--updates", type=int, default=SCORED["ppo"]["updates"])
+    options.add_argument("--updates", type=int, help="absent: as the recipe says")
     options.add_argument("--only", nargs="*", help="variants whose names contain one of these words; absent: all")
     return options
 
 
 def outcomes(
-    recipe: dict, variants: Sequence[Variant], options: argparse.Namespace, name: str
+    recipe: dict | str, variants: Sequence[Variant], options: argparse.Namespace, name: str
 ) -> dict[str, list[Outcome]]:
     """Run every variant with every seed; return what each came to, by variant.
 
@@ -113,30 +116,30 @@ def outcomes(
     """
     torch.set_num_threads(1)
     options.folder.mkdir(parents=True, exist_ok=True)
-    model = options.model or str(random_model(options.folder / "model"))
-    path = written(options.folder, name, recipe, model, options.updates)
+    path = recipe if isinstance(recipe, str) else written(options.folder, name, recipe)
+    model = options.model or (None if isinstance(recipe, str) else random_model(options.folder / "model"))
+    given = [f"{key}={value}" for key, value in (("model", model), ("ppo.updates", options.updates)) if value]
     wanted = [one for one in variants if not options.only or any(word in one.name for word in options.only)]
     found: dict[str, list[Outcome]] = {one.name: [] for one in wanted}
     for seed in range(1, options.seeds + 1):
         folder = options.folder / f"{name}-{seed}"
         for variant in wanted:
-            sets = [*variant.sets, f"seed={seed}", f"output={folder}"]
+            sets = [*variant.sets, *given, f"seed={seed}", f"output={folder}"]
             run_recipe(load_recipe(path, sets), Progress(quiet=True))
             found[variant.name].append(read(folder))
             print(f"{name}, seed {seed}: {variant.name}: {found[variant.name][-1][:5]}", file=sys.stderr, flush=True)
     return found
 
 
-def written(folder: Path, name: str, recipe: dict, model: str, updates: int) -> Path:
-    """Write a recipe and its prompts; return the recipe's path."""
+def written(folder: Path, name: str, recipe: dict) -> Path:
+    """Write a recipe, but for its model, and its prompts; return the recipe's path."""
     rows = [
         {"id": f"n-{n}", "prompt": f"What is {n}?", "tag": "ordinary", "split": ("train", "eval")[n % 2]}
         for n in range(PROMPTS)
     ]
     files.write_jsonl(folder / "numbers.jsonl", rows)
-    content = {"name": name, "model": model, **recipe, "ppo": recipe["ppo"] | {"updates": updates}}
     path = folder / f"{name}.yaml"
-    path.write_text(yaml.safe_dump(content), encoding="utf-8")
+    path.write_text(yaml.safe_dump({"name": name, **recipe}), encoding="utf-8")
     return path
 
 
@@ -186,15 +189,15 @@ def curves_of(found: dict[str, list[Outcome]]) -> Table:
     ]
 
 
-def main(parts: Sequence[tuple[str, dict, Sequence[Variant]]], description: str, *, curves: Sequence[str] = ()) -> int:
+def main(parts: Sequence[Part], options: argparse.Namespace, *, curves: Sequence[str] = ()) -> int:
     """Run the parts of a study and print a table of each; of those in `curves` the curves too."""
-    options = parser(description).parse_args()
     try:
         for name, recipe, variants in parts:
             found = outcomes(recipe, variants, options, name)
             if found:
                 before = mean([one.before for one in next(iter(found.values()))])
-                print(f"\n{name}, {options.seeds} seeds, {options.updates} updates; untrained: {before} words\n")
+                updates = len(next(iter(found.values()))[0].curve)
+                print(f"\n{name}, {options.seeds} seeds, {updates} updates; untrained: {before} words\n")
                 print(table(COLUMNS, rows_of(found)))
                 if name in curves:
                     print("\n" + table(["variant", "seed", "score by update, in deviations"], curves_of(found)))
