@@ -2,6 +2,7 @@
 
 import math
 import threading
+from types import SimpleNamespace
 
 import pytest
 import tiny_ppo
@@ -17,7 +18,7 @@ from rlaif.engines.asking import Asking
 from rlaif.engines.rollouts import Drawing, RolloutEngine
 from rlaif.errors import EngineError, StageError
 from rlaif.maths.losses import Aggregation, clipped_policy_loss, truncated_weights
-from rlaif.model.sampling import Sample
+from rlaif.model.sampling import Batch, Sample
 from rlaif.recipe import PpoSection
 from rlaif.stages import ppo, rollouts
 from rlaif.stages import run as run_module
@@ -238,11 +239,13 @@ def test_with_its_weights_another_sampler_s_gradient_is_on_average_the_policy_s(
 
 
 def compare(gap, **settings):
-    """Two responses of 2 and 1 tokens whose sampler's log-probabilities are lower by `gap`."""
+    """Two responses of 2 and 1 tokens whose sampler's log-probabilities are lower by `gap` for two of the three."""
     section = PpoSection.model_validate({"sampling_engine": "fast"} | settings)
     logprobs = torch.tensor([[-1.0, -2.0], [-3.0, 7.0]])  # the last is outside of the mask
     samples = [Sample([5, 6], [-1.0 - gap, -2.0], False), Sample([2], [-3.0 - gap], True)]
-    return rollouts.mismatch(section, 3, logprobs, samples, torch.tensor([[True, True], [True, False]]))
+    ids, mask = torch.tensor([[5, 6], [2, 0]]), torch.tensor([[True, True], [True, False]])
+    actors = SimpleNamespace(settings=section, temperature=1.0, update=3)
+    return rollouts.mismatch(actors, logprobs, samples, Batch(ids, mask, ids, ids, mask), torch.tensor([True, True]))
 
 
 def test_figures_of_the_gap_are_over_real_tokens():
@@ -267,7 +270,6 @@ def test_a_gap_that_another_precision_does_not_explain_stops_the_run():
         compare(1.6)  # 3.2 over 3 tokens
     said = str(caught.value)
     assert "ppo: update 4: " in said and "1.07 nats a token" in said and "ppo.max_logprob_gap = 1" in said
-    assert "--logprobs-mode processed_logprobs" in said
     with pytest.raises(StageError):
         compare(math.nan)
     assert compare(1.6, max_logprob_gap=None).figures["rollout/mean_logprob_gap"] == pytest.approx(3.2 / 3)
@@ -351,7 +353,14 @@ def test_without_an_sft_adapter_the_reference_is_the_served_model_itself(opened,
     vllm = TinyVllm(tiny_model)
     with HostileServer(vllm) as server:
         run = served(
-            opened, "run", server, stages=["ppo"], reward_function="small_letters", reference_share=0.6, updates=2
+            opened,
+            "run",
+            server,
+            stages=["ppo"],
+            reward_function="small_letters",
+            reference_share=0.6,
+            updates=2,
+            health={"stop": []},
         )
         ppo.ppo(run)
     models = [asked.body["model"] for asked in server.asked if asked.path == "/v1/completions"]
@@ -368,11 +377,14 @@ def test_another_model_and_log_probabilities_before_the_temperature_are_noticed(
         with pytest.raises(StageError, match=r"update 1: the log-probabilities of the engine `fast` are [\d.]+ nats"):
             ppo.ppo(run)
         assert not (run.stage_folder("ppo") / "checkpoints").exists()
-    hot = {"sampling": {"temperature": 3.0, "max_new_tokens": 8}, "updates": 1}
-    with HostileServer(TinyVllm(tiny_model, raw=True)) as server, pytest.raises(StageError, match="processed_logprobs"):
-        ppo.ppo(served(opened, "raw", server, **hot))
-    with HostileServer(TinyVllm(tiny_model)) as server:
-        ppo.ppo(served(opened, "processed", server, **hot))
+    hot = {"sampling": {"temperature": 1.5, "max_new_tokens": 8}, "updates": 1}
+    vllm = TinyVllm(tiny_model, raw=True)
+    with HostileServer(vllm) as server:
+        run = served(opened, "raw", server, **hot)
+        with pytest.raises(StageError, match=r"before the temperature of 1\.5\. Start the server with --logprobs-mode"):
+            ppo.ppo(run)
+        vllm.raw = False
+        ppo.ppo(run)
 
 
 @pytest.mark.slow

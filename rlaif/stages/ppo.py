@@ -145,7 +145,7 @@ def ppo(run: Run) -> dict[str, Any]:
             ref_logprobs, _ = judge_tokens(actors, actors.reference, batch)
             refuse_not_finite(update, rows, score=scores, logprobs=logprobs, ref_logprobs=ref_logprobs, values=values)
             drawn = torch.where(own.unsqueeze(1), logprobs, ref_logprobs)
-            gap = mismatch(settings, update, drawn, samples, mask)
+            gap = mismatch(actors, drawn, samples, batch, own)
             divergence = ((logprobs - ref_logprobs) * mask).sum(1)
             weights = weights_of(settings, divergence)
             price = kl.coef if settings.kl_place == "reward" else 0.0

@@ -1,8 +1,8 @@
 """Who samples PPO's responses: the roles on the shared base, or a server that loads their adapters anew each update.
 
 A server computes in another precision than the base that is trained, so it samples from a slightly different policy.
-Its tokens count a truncated importance weight in the policy's loss (`maths.losses.truncated_weights`), and where its
-log-probabilities are too far from those computed here it has another model or a stale adapter, and the run stops.
+Its tokens count a truncated importance weight in the policy's loss (`maths.losses.truncated_weights`). Where its
+log-probabilities are too far from those computed here it has another model or another adapter, and the run stops.
 
 An adapter is served from ``served/NAME`` in the stage's folder under that NAME, which no other attempt uses. The folder
 is removed once the server has forgotten the name: what is found there was left by a run that was killed.
@@ -24,12 +24,12 @@ from rlaif.engines.rollouts import Drawing, RolloutEngine
 from rlaif.errors import EngineError, StageError
 from rlaif.maths.losses import truncated_weights
 from rlaif.maths.masking import masked_mean
+from rlaif.model.drawn import token_figures, token_states
 from rlaif.model.roles import SharedBase
-from rlaif.model.sampling import Sample
-from rlaif.recipe import PpoSection
+from rlaif.model.sampling import Batch, Sample
 from rlaif.stages import shares
 from rlaif.stages.actors import Actors
-from rlaif.stages.checkpoints import STAGE
+from rlaif.stages.checkpoints import POLICY, STAGE
 from rlaif.stages.run import Run
 
 SERVED = "served"
@@ -124,45 +124,67 @@ class Mismatch(NamedTuple):
     figures: dict[str, float]
 
 
-def mismatch(settings: PpoSection, update: int, logprobs: Tensor, samples: Sequence[Sample], mask: Tensor) -> Mismatch:
+def mismatch(actors: Actors, logprobs: Tensor, samples: Sequence[Sample], batch: Batch, own: Tensor) -> Mismatch:
     """Compare the log-probabilities that tokens were sampled with to those computed here.
 
     Args:
-        settings: the recipe's section.
-        update: counted from 0.
+        actors: who takes part.
         logprobs: of the sampled tokens under the role that drew them, ``[B, T]``.
         samples: ``B`` of them.
-        mask: ``[B, T]``.
+        batch: the same, packed.
+        own: which of them the policy drew, ``[B]``.
 
     Raises:
-        StageError: a server is further away than another precision explains.
+        StageError: a server is further away than another precision explains, or leaves the temperature out.
     """
+    settings, mask = actors.settings, batch.response_mask
     width = mask.shape[1]
     sampled = torch.tensor([one.logprobs + [0.0] * (width - len(one.ids)) for one in samples]).to(logprobs)
     gap = ((logprobs - sampled) * mask).abs()
     figures = {"rollout/logprob_gap": gap.max().item()}
     if settings.sampling_engine == BASE:
         return Mismatch(1.0, figures)
+    if actors.temperature != 1:
+        _refuse_raw(actors, gap, sampled, batch, own)
     mean = masked_mean(gap, mask).item()
-    _refuse_other_model(settings, update, mean)
+    _refuse_other_model(actors, mean)
     weights = truncated_weights(logprobs, sampled, settings.importance_cap)
-    figures |= {
-        "rollout/mean_logprob_gap": mean,
-        "rollout/importance_weight": masked_mean(weights, mask).item(),
-    }
+    figures |= {"rollout/mean_logprob_gap": mean, "rollout/importance_weight": masked_mean(weights, mask).item()}
     if settings.importance_cap:
         figures["rollout/importance_cut"] = masked_mean(weights >= settings.importance_cap, mask).item()
     return Mismatch(weights, figures)
 
 
-def _refuse_other_model(settings: PpoSection, update: int, gap: float) -> None:
-    limit = settings.max_logprob_gap
+@torch.no_grad()
+def _refuse_raw(actors: Actors, gap: Tensor, sampled: Tensor, batch: Batch, own: Tensor) -> None:
+    """Refuse log-probabilities from before the temperature, which is what vLLM sends by default.
+
+    A microbatch tells: they are then much closer to those at temperature 1.
+    """
+    rows = own.nonzero().flatten()[: actors.settings.microbatch]
+    part = Batch(*(whole[rows] for whole in batch))
+    with actors.base.acting_as(POLICY, training=True):
+        plain = token_figures(actors.base, part, token_states(actors.base, part), 1.0).logprobs
+    of_raw = masked_mean((plain - sampled[rows]).abs(), part.response_mask)
+    if 2 * of_raw < masked_mean(gap[rows], part.response_mask):
+        raise StageError(
+            f"{_beginning(actors)} are those before the temperature of {actors.temperature:g}. Start the server with "
+            "--logprobs-mode processed_logprobs; then run the same command again."
+        )
+
+
+def _refuse_other_model(actors: Actors, gap: float) -> None:
+    limit = actors.settings.max_logprob_gap
     if limit is not None and not gap <= limit:
         raise StageError(
-            f"ppo: update {update + 1}: the log-probabilities of the engine `{settings.sampling_engine}` are "
-            f"{gap:.2f} nats a token from those of the policy here; at most ppo.max_logprob_gap = {limit:g} is "
-            "expected. No step was taken from its responses, and the newest checkpoint is kept. Check that every url "
-            "serves the recipe's model (--model, and its quantization), that the server reads the adapter from this "
-            "run's folder and not from a copy, and, where the temperature is not 1, that it was started with "
-            "--logprobs-mode processed_logprobs. Then run the same command again."
+            f"{_beginning(actors)} are {gap:.2f} nats a token from those of the policy here; at most "
+            f"ppo.max_logprob_gap = {limit:g} is expected. No step was taken from its responses, and the newest "
+            "checkpoint is kept. Check that every url serves the recipe's model (--model, and its quantization), and "
+            "that the server reads the adapter from this run's folder and not from a copy. Then run the same command "
+            "again."
         )
+
+
+def _beginning(actors: Actors) -> str:
+    engine = actors.settings.sampling_engine
+    return f"ppo: update {actors.update + 1}: the log-probabilities of the engine `{engine}`"
