@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from rlaif.decoders import Shape
+from rlaif.endpoints import BASE
 from rlaif.recipe import ModelSection, Recipe
 
 GIB = 2**30
@@ -290,8 +291,9 @@ def _ppo(recipe: Recipe, lengths: Lengths, policy: Held, reward: Held | None) ->
     gradients = float(2 * policy.compute * policy.shape.hidden * micro * new)  # states before tokens, and theirs
     read = max(policy.reading(tokens), (reward or policy).reading(tokens))
     scoring = _larger(read, policy.drawn(micro * new, entropy=False))
-    found = [
-        _sampling(policy, there, min(settings.sampling_batch or responses, responses), lengths.prompt, new),
+    rows = min(settings.sampling_batch or responses, responses)
+    found = [_sampling(policy, there, rows, lengths.prompt, new)] if settings.sampling_engine == BASE else []
+    found += [
         _with(there, "scoring", policy.cuda, **scoring),
         _with(there, "updating", policy.cuda, activations=activations + gradients, logits=logits),
     ]

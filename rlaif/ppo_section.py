@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from rlaif.endpoints import BASE, RAY
 from rlaif.health import HealthSection
 from rlaif.reward_parts import CompositeSection, IndependentPart
 from rlaif.sections import Combination, Fraction, NonNegative, Positive, PositiveFloat, Section, WarmSamplingSection
@@ -38,6 +39,13 @@ class PpoSection(CompositeSection):
     """Proximal policy optimization, and its relatives without a critic."""
 
     sampling: WarmSamplingSection = WarmSamplingSection()
+    sampling_engine: str = Field(BASE, description="who samples: `base`, or a name in `engines` whose servers are vLLM")
+    importance_cap: PositiveFloat | None = Field(
+        2.0, description="most that a token of a server counts, as policy over sampler; null: tokens count alike"
+    )
+    max_logprob_gap: PositiveFloat | None = Field(
+        1.0, description="nats per token, mean; a server further away has another model; null: not looked at"
+    )
     prompts_per_tag: dict[str, Positive] = {}
     updates: Positive = Field(50, description="iterations of sample, score, optimize")
     rollout_batch: Positive = Field(16, description="prompts per iteration")
@@ -107,6 +115,15 @@ class PpoSection(CompositeSection):
             )
         if self.reward_function and self.rewards:
             raise ValueError("reward_function and rewards exclude each other; make the function a part of rewards")
+        return self
+
+    @model_validator(mode="after")
+    def _server_samples(self) -> "PpoSection":
+        if self.sampling_engine == RAY:
+            raise ValueError("sampling_engine is `ray`, whose workers load no adapters; name a server in `engines`")
+        unread = sorted({"importance_cap", "max_logprob_gap"} & self.changed)
+        if self.sampling_engine == BASE and unread:
+            raise ValueError(f"{unread[0]} is read where a server samples; name one in sampling_engine")
         return self
 
     @model_validator(mode="after")

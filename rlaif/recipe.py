@@ -39,6 +39,7 @@ STAGES = tuple(stage for stage in ORDER if stage not in OPTIONAL)  # of a recipe
 FOLDERS: tuple[str, ...] = (*STAGES, *OPTIONAL)  # in which their folders are numbered
 # The keys of a section that name who answers: the base, here or in workers of `ray`, or a name in `engines`.
 ENGINE_KEYS = {"revise": ("responder", "critic", "reviser"), "label": ("judge",), "evaluate": ("judge",)}
+ENGINE_KEYS |= {"ppo": ("sampling_engine",)}
 
 # What a stage cannot do without.
 _SOURCES: dict[Stage, Stage] = {"sft": "revise", "reward": "label", "dpo": "label", "rejection": "reward"}

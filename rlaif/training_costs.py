@@ -7,6 +7,7 @@ of another base as many times more as it has parameters.
 import statistics
 from typing import NamedTuple
 
+from rlaif.endpoints import BASE
 from rlaif.memory import scorers_of
 from rlaif.memory_advice import lengths_of_rows, shape_of, tokens_of
 from rlaif.recipe import Recipe, TrainingSection
@@ -20,7 +21,7 @@ class Work(NamedTuple):
     """What a training takes."""
 
     steps: int
-    written: int  # tokens sampled
+    written: int  # tokens sampled here
     read: int  # tokens that a pass goes over, each counted once
     passes: float  # tokens times the passes over them
 
@@ -61,7 +62,8 @@ def _ppo(run: Run) -> Work:
     if settings.ptx_coef:
         optimizer_steps = responses // settings.minibatch * settings.num_ppo_epochs
         text = optimizer_steps * settings.ptx_batch * settings.ptx_length
-    return Work(settings.updates, written, round(whole) + text, passes + _BACKWARD * text)
+    here = written if settings.sampling_engine == BASE else 0  # what a server writes takes no time here
+    return Work(settings.updates, here, round(whole) + text, passes + _BACKWARD * text)
 
 
 def _rejection(run: Run) -> Work:

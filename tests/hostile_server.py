@@ -53,7 +53,7 @@ Behaviour = Callable[[Asked], Reply]
 
 
 def key_of(body: dict[str, Any]) -> str:
-    content = json.dumps([body["messages"], body["seed"], body["max_tokens"]], sort_keys=True)
+    content = json.dumps([body.get("messages", body), body.get("seed"), body.get("max_tokens")], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()
 
 

@@ -59,7 +59,7 @@ def written(reply: dict[str, Any], limit: int, clean: Clean) -> Answer:
         limit: the most tokens that were allowed.
         clean: takes secrets out of a text.
     """
-    choice = _choice(reply)
+    choice = first_choice(reply)
     message, reason = choice.get("message"), choice.get("finish_reason")
     text = message.get("content") if isinstance(message, dict) else 0
     if text is None:  # such as a model that spent all its tokens on reasoning that is not shown
@@ -80,7 +80,7 @@ def chosen(reply: dict[str, Any], options: Sequence[str]) -> Answer | None:
     gets the largest log-probability that it can have, so the difference to a listed one is understated and never made
     up. Where none is listed, the question stays without an answer.
     """
-    listed = _listed(_choice(reply))
+    listed = _listed(first_choice(reply))
     if not listed:
         return None
     sums = dict.fromkeys(options, 0.0)
@@ -142,7 +142,8 @@ def complaint(body: bytes, clean: Clean) -> str:
     return " ".join(line.split())[:300].rstrip(".") or "no message"
 
 
-def _choice(reply: dict[str, Any]) -> dict[str, Any]:
+def first_choice(reply: dict[str, Any]) -> dict[str, Any]:
+    """Return the first of a reply's choices."""
     choices = reply.get("choices")
     if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
         raise Trouble("its answer holds no `choices`")

@@ -1,30 +1,21 @@
 """A server as an engine: OpenAI's chat completions over HTTP, as vLLM, SGLang, llama.cpp and hosted models speak them.
 
-Up to `concurrency` questions are under way at a time, over all addresses in turn, and answers come back in the order in
-which they are ready. A question is sent only when all that came before has been handed over, so a killed run repeats
-`concurrency` requests at most. What may pass (no connection, a broken answer, HTTP 429 or 5xx) is tried again, later
-each time. A request that the server calls wrong is final for that question, but only if the same server answers a
-short question of the same kind right after; else it is no fault of the question, and the run stops.
+A killed run repeats `concurrency` requests at most (`rlaif.engines.asking`). A request that the server calls wrong is
+final for that question, but only if the same server answers a short question of the same kind right after; else it is
+no fault of the question, and the run stops.
 """
 
-import asyncio
-import itertools
-import random
-import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
-from rlaif.endpoints import Endpoint, is_local
+from rlaif.endpoints import Endpoint
+from rlaif.engines.asking import SEED_BITS, Asking
 from rlaif.engines.engine import Answer, Answered, Question
-from rlaif.engines.replies import Trouble, chosen, verdict, written
-from rlaif.engines.wire import LONGEST_WAIT, Place, Refusal, Wire
-from rlaif.errors import EngineError
+from rlaif.engines.replies import chosen, verdict, written
+from rlaif.engines.wire import Place, Refusal
 
 VERDICT_TOKENS = 32  # of a short written verdict
-_FIRST_WAIT = 0.5  # seconds before the second attempt; doubled before each further one
-_SEED_BITS = 0x7FFFFFFF  # every server takes a seed of 31 bits; some take no more
 T = TypeVar("T")
 
 
@@ -32,7 +23,7 @@ class _Hopeless(Exception):
     """The server refuses also the shortest request of this kind."""
 
 
-class ServerEngine:
+class ServerEngine(Asking):
     """Asks one model behind one or several servers.
 
     Args:
@@ -45,22 +36,12 @@ class ServerEngine:
         ConfigError: the variable that should hold the key does not.
     """
 
-    pause = staticmethod(asyncio.sleep)  # tests put one here that does not wait
-
     def __init__(
         self, name: str, endpoint: Endpoint, *, chooses: bool = False, say: Callable[[str], None] = lambda line: None
     ):
-        self._name, self._endpoint, self._chooses, self._say = name, endpoint, chooses, say
-        self._key = endpoint.key(name)
-        self._places = [Place(url) for url in endpoint.addresses]
-        self._turn = itertools.count()
+        super().__init__(name, endpoint, say)
+        self._chooses = chooses
         self._offers_logprobs: bool | None = None
-        self._problem: EngineError | None = None
-        self._waiting: set[asyncio.Task[Any]] = set()
-        self._wire: Wire | None = None
-        for url in endpoint.addresses if self._key else []:
-            if url.startswith("http:") and not is_local(url):
-                say(f"  warning: engine `{name}`: the key is sent to {url} without encryption; https keeps it secret.")
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -77,58 +58,8 @@ class ServerEngine:
         Raises:
             EngineError: a question found no answer. Those under way are waited for and handed over first.
         """
-        todo = deque(question for batch in batches for question in batch)
-        running: dict[asyncio.Task[Answer], Question] = {}
-        self._problem = None
-        with asyncio.Runner() as runner:
-            try:
-                runner.run(self._open())
-                while running or (todo and not self._problem):
-                    group = runner.run(self._next(todo, running))
-                    if group:
-                        yield group
-                if self._problem:
-                    raise self._problem
-            finally:
-                runner.run(self._close(running))
-
-    async def _open(self) -> None:
-        settings = self._endpoint
-        self._wire = Wire(
-            self._name,
-            settings.addresses,
-            key=self._key,
-            key_env=settings.api_key_env,
-            connections=settings.concurrency,
-            timeout_seconds=settings.timeout_seconds,
-            max_bytes=settings.max_response_bytes,
-        )
-
-    async def _close(self, running: dict[asyncio.Task[Answer], Question]) -> None:
-        for task in running:
-            task.cancel()
-        await asyncio.gather(*running, return_exceptions=True)
-        if self._wire:
-            await self._wire.close()
-
-    async def _next(self, todo: deque[Question], running: dict[asyncio.Task[Answer], Question]) -> Answered:
-        """Send what may be sent, wait until something is ready, and return all that is."""
-        while todo and not self._problem and len(running) < self._endpoint.concurrency:
-            question = todo.popleft()
-            running[asyncio.create_task(self._answer(question))] = question
-        done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
-        group: Answered = []
-        for task in done:
-            question = running.pop(task)
-            try:
-                group.append((question, task.result()))
-            except asyncio.CancelledError:
-                continue  # it was waiting to try again when another question stopped the run
-            except EngineError as problem:
-                self._problem = self._problem or problem
-                for waiting in self._waiting:
-                    waiting.cancel()
-        return group
+        questions = (question for batch in batches for question in batch)
+        yield from self._results(questions, self._answer)
 
     # --- one question -----------------------------------------------------------------------------------------------
 
@@ -146,7 +77,7 @@ class ServerEngine:
     async def _write(self, question: Question) -> Answer:
         limit = question.max_new_tokens
         body = self._body(question, limit, question.temperature, question.top_p)
-        return await self._request(question, body, partial(written, limit=limit, clean=self._clean))
+        return await self._ask(question, body, partial(written, limit=limit, clean=self._clean))
 
     async def _choose(self, question: Question) -> Answer:
         """Choose by log-probabilities where they are offered, else by a short written verdict, as configured."""
@@ -155,7 +86,7 @@ class ServerEngine:
             body = self._body(question, 1, 0.0, 1.0)
             body |= {"logprobs": True, "top_logprobs": self._endpoint.top_logprobs}
             try:
-                answer = await self._request(question, body, partial(chosen, options=question.options))
+                answer = await self._ask(question, body, partial(chosen, options=question.options))
             except _Hopeless:
                 if wanted == "required":
                     raise
@@ -165,7 +96,7 @@ class ServerEngine:
                 return answer
             self._without_logprobs()
         body = self._body(question, VERDICT_TOKENS, 0.0, 1.0)
-        text = await self._request(question, body, partial(written, limit=VERDICT_TOKENS, clean=self._clean))
+        text = await self._ask(question, body, partial(written, limit=VERDICT_TOKENS, clean=self._clean))
         return verdict(text, question.options)
 
     def _without_logprobs(self) -> None:
@@ -189,89 +120,40 @@ class ServerEngine:
             "max_tokens": limit,
             "temperature": temperature,
             "top_p": top_p,
-            "seed": question.seed & _SEED_BITS,
+            "seed": question.seed & SEED_BITS,
             "stream": False,
         }
 
-    # --- attempts ---------------------------------------------------------------------------------------------------
+    # --- requests ---------------------------------------------------------------------------------------------------
 
-    async def _request(
-        self, question: Question, body: dict[str, Any], read: Callable[[dict[str, Any]], T], at: Place | None = None
-    ) -> T:
+    async def _ask(self, question: Question, body: dict[str, Any], read: Callable[[dict[str, Any]], T]) -> T:
         """Ask until there is a reply that can be read.
 
         Args:
             question: what it is for.
             body: the request.
             read: takes the answer out of the server's JSON.
-            at: ask this address only; a probe of whether it answers at all.
 
         Raises:
             EngineError: no attempt succeeded, or none can.
             Refusal: the server says that this request is wrong, while others are answered.
             _Hopeless: it says so of every request of this kind.
         """
-        assert self._wire, "not open"
-        for attempt in itertools.count(1):
-            place = at or await self._place()
-            try:
-                result = read(await self._wire.post(place, body))
-            except Trouble as trouble:
-                if not place.failures and attempt <= self._endpoint.max_retries:
-                    self._say(f"  engine `{self._name}` ({place.url}): {trouble}. Trying again.")
-                place.rest(trouble.wait)
-                if attempt > self._endpoint.max_retries or self._problem:
-                    raise self._error(
-                        f"gave no answer to `{question.item_id}`; attempt {attempt} of {attempt} ({place.url}): "
-                        f"{trouble}. All answers so far are stored; when the server is well again, run the same "
-                        "command again."
-                    ) from None
-                await self._wait_to_retry(attempt, place, at)
-            except Refusal as refusal:
-                if at:
-                    raise _Hopeless(f"{refusal} ({place.url})") from None
-                probe = body | {"messages": [{"role": "user", "content": "Say yes."}], "max_tokens": 1}
-                await self._request(question, probe, lambda reply: None, place)
-                raise
-            else:
-                place.works()
-                return result
-        raise AssertionError("unreachable")
-
-    async def _place(self) -> Place:
-        """Return the next address in turn that is not left out; where all are, wait for the first to come back."""
-        ready = self._ready()
-        if ready:
-            return ready[next(self._turn) % len(ready)]
-        first = min(self._places, key=lambda place: place.free_at)
-        await self._pause(first.free_at - time.monotonic())
-        return first
-
-    def _ready(self) -> list[Place]:
-        now = time.monotonic()
-        return [place for place in self._places if place.free_at <= now]
-
-    async def _wait_to_retry(self, attempt: int, failed: Place, at: Place | None) -> None:
-        """Wait twice as long as before the last attempt, unless another address can be asked at once."""
-        seconds = min(_FIRST_WAIT * 2 ** (attempt - 1), LONGEST_WAIT)
-        if at:
-            seconds = max(seconds, at.free_at - time.monotonic())
-        elif any(place is not failed for place in self._ready()):
-            return
-        await self._pause(seconds)
-
-    async def _pause(self, seconds: float) -> None:
-        """Wait, a little longer than said, so that not all questions come back at once."""
-        task = asyncio.current_task()
-        assert task, "outside of a task"
-        self._waiting.add(task)
         try:
-            await self.pause(max(seconds, 0.0) * random.uniform(1.0, 1.25))
-        finally:
-            self._waiting.discard(task)
+            return await self._request(question.item_id, partial(self._post, body, read))
+        except Refusal as refusal:
+            probe = body | {"messages": [{"role": "user", "content": "Say yes."}], "max_tokens": 1}
+            await self._probe(question, probe, refusal.place)
+            raise
+
+    async def _probe(self, question: Question, body: dict[str, Any], place: Place) -> None:
+        try:
+            await self._request(question.item_id, partial(self._post, body, bool), place)
+        except Refusal as refusal:
+            raise _Hopeless(f"{refusal} ({place.url})") from None
+
+    async def _post(self, body: dict[str, Any], read: Callable[[dict[str, Any]], T], place: Place) -> T:
+        return read(await self._open_wire.post(place, body))
 
     def _clean(self, text: str) -> str:
         return self._wire.clean(text) if self._wire else text
-
-    def _error(self, what: str) -> EngineError:
-        return EngineError(f"engine `{self._name}` {what}")

@@ -25,10 +25,6 @@ _PASSING = {408, 409, 425, 429}
 _SHORTEST_SECRET = 8  # a shorter key, such as "EMPTY", is a placeholder and may stand in any text
 
 
-class Refusal(Exception):
-    """A server's no to a request: what was asked is wrong, and asking again would not help."""
-
-
 @dataclass
 class Place:
     """One address of an engine, and how it has been doing."""
@@ -51,6 +47,19 @@ class Place:
     def works(self) -> None:
         """Take note of an answer."""
         self.failures, self.free_at = 0, 0.0
+
+
+class Refusal(Exception):
+    """A server's no to a request: what was asked is wrong, and asking again would not help.
+
+    Args:
+        what: what it said, in words that may be shown.
+        place: who said it.
+    """
+
+    def __init__(self, what: str, place: Place):
+        super().__init__(what)
+        self.place = place
 
 
 class Wire:
@@ -119,19 +128,33 @@ class Wire:
             return {self.clean(name): self._without_key(item) for name, item in value.items()}
         return value
 
-    async def post(self, place: Place, body: dict[str, Any]) -> dict[str, Any]:
-        """Ask for a chat completion and return the server's JSON.
+    async def post(self, place: Place, body: dict[str, Any], path: str = "chat/completions") -> dict[str, Any]:
+        """Ask for a completion and return the server's JSON; errors as in `tell`."""
+        response, data = await self._send(place, body, path)
+        kind = response.headers.get("content-type", "")
+        if "json" not in kind.lower():
+            shown = ascii(self.clean(kind))[1:-1]
+            raise Trouble(f"an answer of the content type `{shown:.60}` came; JSON is expected")
+        reply: dict[str, Any] = self._without_key(parse(data)) if self._secrets else parse(data)
+        return reply
+
+    async def tell(self, place: Place, body: dict[str, Any], path: str) -> None:
+        """Post what the server answers by its status alone.
 
         Raises:
             Trouble: the attempt failed and another may succeed.
             Refusal: the server says that the request is wrong.
             EngineError: no request to this address can succeed: a wrong key, a redirect.
         """
+        await self._send(place, body, path)
+
+    async def _send(self, place: Place, body: dict[str, Any], path: str) -> tuple[httpx2.Response, bytes]:
+        """Post JSON and return what came with the status 200."""
         headers = {"content-type": "application/json", "accept-encoding": "identity"}
         if self._key:
             headers["authorization"] = f"Bearer {self._key}"
         content = json.dumps(body, allow_nan=False).encode()
-        url = f"{place.url}/chat/completions"
+        url = f"{place.url}/{path}"
         try:
             async with (
                 asyncio.timeout(self._timeout),
@@ -145,8 +168,7 @@ class Wire:
             words = " ".join(self.clean(str(problem)).split())[:200]
             raise Trouble(f"{kind}: {words}" if words else kind) from None
         self._check(place, response, data)
-        reply: dict[str, Any] = self._without_key(parse(data)) if self._secrets else parse(data)
-        return reply
+        return response, data
 
     async def _read(self, response: httpx2.Response) -> bytes:
         data = bytearray()
@@ -159,10 +181,6 @@ class Wire:
     def _check(self, place: Place, response: httpx2.Response, data: bytes) -> None:
         status = response.status_code
         if status == 200:
-            kind = response.headers.get("content-type", "")
-            if "json" not in kind.lower():
-                shown = ascii(self.clean(kind))[1:-1]
-                raise Trouble(f"an answer of the content type `{shown:.60}` came; JSON is expected")
             return
         said = f"HTTP {status}: {complaint(data, self.clean)}"
         if status in _PASSING or status >= 500 or 200 <= status < 300:
@@ -179,7 +197,7 @@ class Wire:
                 f"engine `{self._name}` ({place.url}): HTTP {status}: the server sends on to another address, which is "
                 f"not followed. Put the final address into engines.{self._name}.urls."
             )
-        raise Refusal(said)
+        raise Refusal(said, place)
 
 
 def _wait(header: str | None) -> float | None:

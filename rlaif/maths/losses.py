@@ -168,6 +168,27 @@ def mixture_weights(log_ratio: Tensor, share: Tensor) -> Tensor:
     return torch.sigmoid(torch.logit(share) + log_ratio) / share
 
 
+@torch.no_grad()
+def truncated_weights(logprobs: Tensor, sampled: Tensor, cap: float | None) -> Tensor:
+    """Return what tokens count that another computation of the policy has sampled: ``min(p / q, cap)``.
+
+    Without the cap the mean of ``weight * f(token)`` over tokens of q is that over tokens of p, the policy. The cap
+    bounds what a token can weigh, at the price of a bias (Ionides 2008, "Truncated Importance Sampling"). Per token, as
+    in Yao et al. 2025 ("Your Efficient RL Framework Secretly Brings You Off-Policy RL Training"): how often q reaches
+    the text before a token is not corrected.
+
+    Args:
+        logprobs: log p of the sampled tokens, `[B, T]`.
+        sampled: log q of the same tokens, `[B, T]`.
+        cap: above 0; None: no cap.
+
+    Returns:
+        `[B, T]`.
+    """
+    ratio = (logprobs - sampled).exp()
+    return ratio if cap is None else ratio.clamp(max=cap)
+
+
 def entropy(logits: Tensor) -> Tensor:
     """Return the entropy of each next-token distribution, in nats.
 

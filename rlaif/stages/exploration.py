@@ -15,7 +15,7 @@ from torch import Tensor
 from rlaif.maths.losses import mixture_weights
 from rlaif.model import sampling
 from rlaif.recipe import PpoSection
-from rlaif.stages import shares
+from rlaif.stages import rollouts
 from rlaif.stages.actors import Actors
 from rlaif.stages.checkpoints import POLICY, STAGE
 from rlaif.stages.run import Run
@@ -30,22 +30,13 @@ def policy_draws(run: Run, actors: Actors, rows: int) -> Tensor:
 
 def draw(run: Run, actors: Actors, ids: Sequence[Sequence[int]], own: Tensor) -> list[sampling.Sample]:
     """Sample one response to each prompt, by the policy where it is its own, else by the reference."""
-    settings = actors.settings.sampling
     found: dict[int, sampling.Sample] = {}
     for role, rows in ((POLICY, own), (actors.reference, ~own)):
         places = rows.nonzero().flatten().tolist()
         if not places:
             continue
-        with actors.base.acting_as(role):
-            samples = shares.sample(
-                actors.base,
-                [ids[row] for row in places],
-                max_new_tokens=settings.max_new_tokens,
-                seeds=[run.seed(STAGE, actors.update, row) for row in places],
-                temperature=actors.temperature,
-                top_p=settings.top_p,
-                rows=actors.settings.sampling_batch,
-            )
+        seeds = [run.seed(STAGE, actors.update, row) for row in places]
+        samples = rollouts.sample(run, actors, role, [ids[row] for row in places], seeds)
         found |= dict(zip(places, samples, strict=True))
     return [found[row] for row in range(len(ids))]
 

@@ -46,6 +46,7 @@ from rlaif.stages.ppo_outputs import finish, record
 from rlaif.stages.ppo_prompts import prompts_of_update, refuse_long
 from rlaif.stages.ptx import Ptx, ptx_files
 from rlaif.stages.reward_model import CALIBRATION
+from rlaif.stages.rollouts import mismatch, rollout_inputs
 from rlaif.stages.run import Run
 from rlaif.stages.watching import Watch, refuse_gradient, refuse_not_finite
 
@@ -58,7 +59,7 @@ class Rollout(NamedTuple):
     batch: Batch
     logprobs: Tensor  # [B, T], of the policy that sampled
     ref_logprobs: Tensor  # [B, T], of the reference
-    advantages: Tensor  # [B, T], with a critic whitened
+    advantages: Tensor  # [B, T], with a critic whitened; times the tokens' importance weights
     values: Tensor  # [B, T]; 0 without a critic
     returns: Tensor  # [B, T]; 0 without a critic
     weights: Tensor  # [B, 1]: what a response counts; 1 where the policy draws them all
@@ -89,6 +90,7 @@ def inputs(run: Run) -> dict[str, str]:
         **reward_inputs(run),
         **independent_inputs(run),
         **constraint_inputs(run),
+        **rollout_inputs(run),
     )
 
 
@@ -142,6 +144,8 @@ def ppo(run: Run) -> dict[str, Any]:
             logprobs, values = judge_tokens(actors, POLICY, batch)
             ref_logprobs, _ = judge_tokens(actors, actors.reference, batch)
             refuse_not_finite(update, rows, score=scores, logprobs=logprobs, ref_logprobs=ref_logprobs, values=values)
+            drawn = torch.where(own.unsqueeze(1), logprobs, ref_logprobs)
+            gap = mismatch(actors, drawn, samples, batch, own)
             divergence = ((logprobs - ref_logprobs) * mask).sum(1)
             weights = weights_of(settings, divergence)
             price = kl.coef if settings.kl_place == "reward" else 0.0
@@ -159,10 +163,9 @@ def ppo(run: Run) -> dict[str, Any]:
 
             # 6. Update.
             set_learning_rate(optimizer, settings, update)
+            rollout = rollout._replace(advantages=gap.weights * rollout.advantages)
             loss_price = kl.coef if settings.kl_place == "loss" else 0.0
             figures = optimize(run, actors, optimizer, trainable, rollout, update, loss_price, ptx)
-            sampled = torch.tensor([s.logprobs + [0.0] * (mask.shape[1] - len(s.ids)) for s in samples])
-            drawn = torch.where(own.unsqueeze(1), logprobs, ref_logprobs)
             figures |= {
                 "rollout/score": scores[own].mean().item(),
                 "rollout/score_std": scores[own].std(correction=0).item(),
@@ -170,7 +173,7 @@ def ppo(run: Run) -> dict[str, Any]:
                 "rollout/kl_to_reference": divergence[own].mean().item(),
                 "rollout/response_tokens": mask.sum(1)[own].float().mean().item(),
                 "rollout/ended": ended[own].float().mean().item(),
-                "rollout/logprob_gap": ((drawn - sampled.to(drawn)) * mask).abs().max().item(),
+                **gap.figures,
                 "kl/coef": kl.coef,
                 **part_figures({name: values[own] for name, values in parts.items()}),
                 **independent_figures(actors.independent, rows, responses, batch, own),

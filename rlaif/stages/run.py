@@ -38,6 +38,7 @@ _NOT_DETERMINING = {
     "health",
     "independent",  # `independent_inputs`
     "constraint",  # counts where there is one (`constraint_inputs`)
+    "max_logprob_gap",
     "min_heldout_accuracy",
     "min_judge_accuracy",
     "ptx_file",  # its content counts
@@ -48,7 +49,7 @@ _NOT_DETERMINING = {
     "save_every_updates",
 }
 # Keys that count only where they are not at their default, so that runs from before they counted stay up to date.
-_LATER = {"critic", "final_entropy_coef", "final_temperature", "reference_share"}
+_LATER = {"critic", "final_entropy_coef", "final_temperature", "importance_cap", "reference_share"}
 # Keys that decide how many rows are computed at a time. They count as their defaults, so that memory which has run out
 # costs no finished work.
 _ROWS_AT_A_TIME = ("batch_size", "microbatch")

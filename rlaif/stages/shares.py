@@ -147,13 +147,30 @@ def sample(
         mine = sampling.sample(base, own(prompts), max_new_tokens=max_new_tokens, seeds=own(seeds), **options)
     if count() == 1:
         return mine
-    table = torch.zeros(len(mine), 2 * max_new_tokens + 2, dtype=torch.float64)  # holds ids and fp32 exactly
-    for row, one in enumerate(mine):
+    return _samples(whole(_table(mine, max_new_tokens), len(prompts)), max_new_tokens)
+
+
+def samples_of_first(ask: Callable[[], list[Sample]], rows: int, max_new_tokens: int) -> list[Sample]:
+    """Return samples that the first process has somebody draw for all; the others do not ask."""
+    if count() == 1:
+        return ask()
+    found = _table(ask() if leads() else [Sample([], [], False)] * rows, max_new_tokens)
+    return _samples(processes.add_up(found), max_new_tokens)
+
+
+def _table(samples: Sequence[Sample], max_new_tokens: int) -> Tensor:
+    """Write samples as numbers, ``[rows, 2 * max_new_tokens + 2]``."""
+    table = torch.zeros(len(samples), 2 * max_new_tokens + 2, dtype=torch.float64)  # holds ids and fp32 exactly
+    for row, one in enumerate(samples):
         length = len(one.ids)
         table[row, :2] = torch.tensor([length, one.ended], dtype=torch.float64)
         table[row, 2 : 2 + length] = torch.tensor(one.ids, dtype=torch.float64)
         table[row, 2 + max_new_tokens : 2 + max_new_tokens + length] = torch.tensor(one.logprobs, dtype=torch.float64)
-    return [_sample(values, max_new_tokens) for values in whole(table, len(prompts)).tolist()]
+    return table
+
+
+def _samples(table: Tensor, max_new_tokens: int) -> list[Sample]:
+    return [_sample(values, max_new_tokens) for values in table.tolist()]
 
 
 def _sample(values: list[float], max_new_tokens: int) -> Sample:
