@@ -158,6 +158,14 @@ def test_a_better_part_never_makes_the_reward_worse_nor_a_longer_response_better
     assert (longer < before).all()
 
 
+def test_a_mean_of_no_score_and_a_deviation_of_one_are_left_out():
+    assert module.score_figures("mean", "spread", torch.zeros(0)) == {}
+    assert module.score_figures("mean", "spread", torch.tensor([2.0])) == {"mean": 2.0}
+    assert module.score_figures("mean", "spread", torch.tensor([2.0, 5.0])) == {"mean": 3.5, "spread": 1.5}
+    nowhere = {"some": torch.tensor([torch.nan, 3.0]), "none": torch.tensor([torch.nan, torch.nan])}
+    assert module.part_figures(nowhere) == {"rollout/score/some": 3.0}
+
+
 def test_a_part_that_says_none_of_a_response_does_not_apply_to_it(opened, functions):
     some = {"name": "some", "function": "some"}
     found = scored(opened(rewards=[LETTERS, some]))  # `some` gives 4, None, 1 and 7: mean 4, deviation sqrt(6)

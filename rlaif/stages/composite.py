@@ -211,11 +211,17 @@ def part_figures(parts: dict[str, Tensor]) -> dict[str, float]:
     """Return mean and standard deviation of each part over the responses that it applies to, as metrics."""
     figures: dict[str, float] = {}
     for name, values in parts.items():
-        applied = values[~values.isnan()]
-        if len(applied):
-            figures[f"rollout/score/{name}"] = applied.mean().item()
-            figures[f"rollout/score_std/{name}"] = applied.std(correction=0).item()
+        figures |= score_figures(f"rollout/score/{name}", f"rollout/score_std/{name}", values[~values.isnan()])
     return figures
+
+
+def score_figures(mean: str, spread: str, scores: Tensor) -> dict[str, float]:
+    """Return mean and standard deviation of scores, ``[N]``, as the metrics of these names.
+
+    What cannot be computed is left out: one score has no deviation, and none have no mean either.
+    """
+    figures = {mean: scores.mean().item()} if len(scores) else {}
+    return figures | ({spread: scores.std(correction=0).item()} if len(scores) > 1 else {})
 
 
 def part_scores(parts: dict[str, Tensor], row: int) -> dict[str, Any]:

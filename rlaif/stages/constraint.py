@@ -26,7 +26,7 @@ from rlaif.model.sampling import Batch, in_microbatches
 from rlaif.records import Prompt
 from rlaif.stages import shares
 from rlaif.stages.checkpoints import COST_CRITIC, POLICY
-from rlaif.stages.composite import load_cost
+from rlaif.stages.composite import load_cost, score_figures
 from rlaif.stages.reward_model import RewardModel
 from rlaif.stages.rewards import call_function, find_function
 from rlaif.stages.run import Run
@@ -159,8 +159,7 @@ class Constraint:
         """Return the metrics of the newest rollout."""
         costs = self.latest[self._own]
         return {
-            "rollout/cost": costs.mean().item(),
-            "rollout/cost_std": costs.std(correction=0).item(),
+            **score_figures("rollout/cost", "rollout/cost_std", costs),
             "rollout/unsafe": (costs > 0).float().mean().item(),
             "constraint/mean_cost": self.multiplier.mean_cost,
             "constraint/threshold": self.multiplier.threshold,

@@ -15,7 +15,7 @@ from rlaif.model.roles import SharedBase
 from rlaif.model.sampling import Batch
 from rlaif.records import Prompt
 from rlaif.reward_parts import CompositeSection
-from rlaif.stages.composite import Composite
+from rlaif.stages.composite import Composite, score_figures
 from rlaif.stages.judged_reward import judge_inputs
 from rlaif.stages.reward_model import RewardModel
 from rlaif.stages.run import Run
@@ -56,7 +56,7 @@ def independent_figures(
         return {}
     weights = sum(part.weight for part in independent.settings.rewards)
     scores = independent.score(rows, responses, batch).total[own] / weights
-    return {health.INDEPENDENT: scores.mean().item(), health.INDEPENDENT_SPREAD: scores.std(correction=0).item()}
+    return score_figures(health.INDEPENDENT, health.INDEPENDENT_SPREAD, scores)
 
 
 def independent_inputs(run: Run) -> dict[str, Any]:

@@ -36,7 +36,7 @@ from rlaif.recipe import PpoSection
 from rlaif.stages import shares
 from rlaif.stages.actors import Actors, assign_roles, calibrate, critic_values, judge_tokens, scale_of, score, use_scale
 from rlaif.stages.checkpoints import COST_CRITIC, CRITIC, POLICY, restore, save
-from rlaif.stages.composite import cost_files, part_figures
+from rlaif.stages.composite import cost_files, part_figures, score_figures
 from rlaif.stages.constraint import Cost, constraint_inputs
 from rlaif.stages.exploration import draw, exploration_figures, policy_draws, weights_of
 from rlaif.stages.gate import starting_policy
@@ -164,8 +164,7 @@ def ppo(run: Run) -> dict[str, Any]:
             sampled = torch.tensor([s.logprobs + [0.0] * (mask.shape[1] - len(s.ids)) for s in samples])
             drawn = torch.where(own.unsqueeze(1), logprobs, ref_logprobs)
             figures |= {
-                "rollout/score": scores[own].mean().item(),
-                "rollout/score_std": scores[own].std(correction=0).item(),
+                **score_figures("rollout/score", "rollout/score_std", scores[own]),
                 "rollout/reward": (rewards * mask).sum(1)[own].mean().item(),
                 "rollout/kl_to_reference": divergence[own].mean().item(),
                 "rollout/response_tokens": mask.sum(1)[own].float().mean().item(),
