@@ -14,7 +14,8 @@ from rlaif.records import Prompt
 from rlaif.report.curves import ppo_figures
 from rlaif.stages import actors, ppo
 from rlaif.stages import composite as module
-from rlaif.stages.composite import Composite, cost_stage, on_ppo_scale, repeated_share
+from rlaif.stages.composite import Composite, cost_stage, repeated_share
+from rlaif.stages.scorers import scorers_of
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_sync")
 FLOAT32 = 1e-5  # a few float32 sums of numbers near 1
@@ -316,7 +317,7 @@ def test_evaluation_scores_on_the_scale_of_ppo(opened, functions):
     ppo.ppo(run)
     rows = samples(run)[4:]
     prompts, batch = made_up()
-    values = on_ppo_scale(run, None, None, "evaluate")(prompts, [row["response"] for row in rows], batch)
+    values = scorers_of(run, run.load_base())["score"](prompts, [row["response"] for row in rows], batch)
     assert values.tolist() == pytest.approx([row["score"] for row in rows], abs=1e-4)
 
 

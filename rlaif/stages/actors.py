@@ -245,9 +245,9 @@ def use_scale(actors: Actors, scale: dict[str, Any]) -> None:
     """Take over what `scale_of` returned."""
     actors.offset, actors.scale = scale["offset"], scale["scale"]
     if actors.composite:
-        actors.composite.standards = {name: Standard(*one) for name, one in scale["parts"].items()}
+        actors.composite.use(scale["parts"])
     if actors.independent:
-        actors.independent.standards = {name: Standard(*one) for name, one in scale["independent"].items()}
+        actors.independent.use(scale["independent"])
 
 
 @torch.no_grad()

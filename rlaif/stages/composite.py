@@ -7,7 +7,7 @@ negatively. A part that says None of a response (only functions may) does not ap
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +27,6 @@ from rlaif.stages.rewards import RewardFunction, call_function, call_where_it_ap
 from rlaif.stages.run import Run
 
 SCALE = "scale.json"
-Scorer = Callable[[Sequence[Prompt], Sequence[str], Batch], Tensor]
 
 
 class Scored(NamedTuple):
@@ -84,6 +83,15 @@ class Composite:
                 self._functions[part.name] = find_function(part.function, f"ppo.rewards: {part.name}")
             elif part.judge:
                 self._functions[part.name] = judge_function(run, base, stage)
+
+    @property
+    def cost(self) -> RewardModel | None:
+        """The cost adapter, where a part has loaded it."""
+        return next((self._models[part.name] for part in self.settings.rewards if part.cost), None)
+
+    def use(self, standards: dict[str, Sequence[float]]) -> None:
+        """Take over mean and deviation of each part from an earlier first rollout."""
+        self.standards = {name: Standard(*one) for name, one in standards.items()}
 
     @torch.no_grad()
     def score(self, rows: Sequence[Prompt], responses: Sequence[str], batch: Batch) -> Scored:
@@ -180,21 +188,14 @@ def composite_inputs(run: Run) -> dict[str, Any]:
     return {"rewards": settings.model_dump(include=set(CompositeSection.model_fields))} if settings.rewards else {}
 
 
-def on_ppo_scale(run: Run, base: SharedBase, model: RewardModel | None, stage: str) -> Scorer:
-    """Return what scores responses as the last update of PPO would, ``[B]``, without penalties for a missing end.
+def ppo_scale(run: Run) -> dict[str, Any]:
+    """Return all that PPO's first rollout settled about scores.
 
     Raises:
-        StageError: PPO has not finished, or there is no cost adapter.
+        StageError: PPO has not finished.
     """
-    composite = Composite(run, base, model, stage)
-    scale = json.loads(run.output("ppo", SCALE).read_text(encoding="utf-8"))
-    composite.standards = {name: Standard(*one) for name, one in scale["parts"].items()}
-    whole = Standard(scale["offset"], scale["scale"])
-
-    def score(rows: Sequence[Prompt], responses: Sequence[str], batch: Batch) -> Tensor:
-        return standardize(composite.score(rows, responses, batch).total, whole)
-
-    return score
+    found: dict[str, Any] = json.loads(run.output("ppo", SCALE).read_text(encoding="utf-8"))
+    return found
 
 
 def repeated_share(ids: Sequence[int], n: int) -> float:
