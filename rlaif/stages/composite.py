@@ -23,7 +23,7 @@ from rlaif.reward_parts import CompositeSection, IndependentPart, RewardPart
 from rlaif.sections import Combination
 from rlaif.stages.judged_reward import judge_function
 from rlaif.stages.reward_model import COST, RewardModel
-from rlaif.stages.rewards import RewardFunction, call_function, call_where_it_applies, find_function
+from rlaif.stages.rewards import RewardFunction, find_function, score_rows
 from rlaif.stages.run import Run
 
 SCALE = "scale.json"
@@ -149,10 +149,9 @@ class Composite:
         if part.repetition:
             texts = [ids[mask].tolist() for ids, mask in zip(batch.response_ids, batch.response_mask, strict=True)]
             return torch.tensor([repeated_share(ids, part.repetition) for ids in texts], device=device)
-        columns = {"tag": [row.tag for row in rows], "id": [row.id for row in rows]}
-        call = call_function if self.settings.combine == "gate" else call_where_it_applies
-        found = call(part.name, self._functions[part.name], [row.prompt for row in rows], responses, **columns)
-        return torch.tensor([torch.nan if value is None else value for value in found], device=device)
+        may_skip = self.settings.combine != "gate"
+        found = score_rows(part.name, self._functions[part.name], rows, responses, may_skip=may_skip)
+        return torch.tensor(found, device=device)
 
 
 def needs_reward_model(run: Run) -> bool:

@@ -28,7 +28,7 @@ from rlaif.stages import shares
 from rlaif.stages.checkpoints import COST_CRITIC, POLICY
 from rlaif.stages.composite import load_cost, score_figures
 from rlaif.stages.reward_model import RewardModel
-from rlaif.stages.rewards import call_function, find_function
+from rlaif.stages.rewards import find_function, score_rows
 from rlaif.stages.run import Run
 
 
@@ -180,9 +180,7 @@ class Constraint:
         if self.model:
             return self.model.score_responses(self._base, rows, responses, batch, self._settings.microbatch)
         assert self._function, "a constraint has an adapter or a function"
-        columns = {"tag": [row.tag for row in rows], "id": [row.id for row in rows]}
-        found = call_function(self._name, self._function, [row.prompt for row in rows], responses, **columns)
-        return torch.tensor(found, device=batch.ids.device)
+        return torch.tensor(score_rows(self._name, self._function, rows, responses), device=batch.ids.device)
 
     @shares.by_rows
     def _values(self, batch: Batch) -> Tensor:

@@ -30,7 +30,7 @@ from rlaif.stages.gate import KEPT, kept_policy
 from rlaif.stages.judged_reward import reward_function, reward_inputs
 from rlaif.stages.revise import question
 from rlaif.stages.reward_model import CALIBRATION
-from rlaif.stages.rewards import call_function
+from rlaif.stages.rewards import score_rows
 from rlaif.stages.run import Run, path_sha256, templates
 from rlaif.stages.scorers import BESIDE, MICROBATCH, Scorer, beside_inputs, cost_input, scorers_of
 from rlaif.stages.votes import asked, cast, judges_of, panel_of, settings_of
@@ -209,9 +209,7 @@ def measure(
     name = run.recipe.ppo.reward_function if "ppo" in run.recipe.stages else None
     if name:
         found = reward_function(run, base, NAME)
-        columns = {"tag": [prompt.tag for prompt in prompts], "id": [prompt.id for prompt in prompts]}
-        scores = call_function(name, found, [prompt.prompt for prompt in prompts], texts, **columns)
-        for row, value in enumerate(scores):
+        for row, value in enumerate(score_rows(name, found, prompts, texts)):
             measured[row]["score"] = value
     with run.progress.task(f"scores of {role}", len(texts)) as task:
         for rows in sampling.batches_by_length([len(p) + len(r) for p, r in encoded], MICROBATCH):
