@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rlaif.maths.advantages import gae, sequence_advantages, token_rewards
+from rlaif.maths.advantages import Advantages, gae, sequence_advantages, token_rewards
 from rlaif.maths.composition import Standard, standard_of, standardize
 from rlaif.maths.lagrange import Multiplier, combine, combine_whitened
 from rlaif.maths.losses import clipped_value_loss
@@ -119,8 +119,8 @@ class Constraint:
 
     def estimate(
         self, rewards: Tensor, values: Tensor, costs: Tensor, cost_values: Tensor, mask: Tensor, weights: Tensor
-    ) -> tuple[Tensor, Cost]:
-        """Return the advantages of reward and cost combined, and what the cost's critic said and is to learn.
+    ) -> tuple[Advantages, Cost]:
+        """Return the advantages of reward and cost combined, and what each critic is to learn.
 
         Args:
             rewards: per token, ``[B, T]``.
@@ -134,11 +134,11 @@ class Constraint:
         if self._critic == "none":
             earned = combine(rewards, costs, price).sum(1)
             advantages = sequence_advantages(settings.advantage_estimator, earned, mask, settings.samples_per_prompt)
-            return advantages, Cost(cost_values, torch.zeros_like(cost_values))
+            return Advantages(advantages, torch.zeros_like(values)), Cost(cost_values, torch.zeros_like(cost_values))
         ours = gae(rewards, values, mask, gamma=settings.gamma, lam=settings.lam)
         theirs = gae(costs, cost_values, mask, gamma=settings.gamma, lam=settings.lam)
         advantages = combine_whitened(ours.advantages, theirs.advantages, price, mask, weights)
-        return advantages, Cost(cost_values, theirs.returns)
+        return ours._replace(advantages=advantages), Cost(cost_values, theirs.returns)
 
     def backward(self, batch: Batch, cost: Cost, states: Tensor, weight: Tensor, weights: Tensor) -> Tensor:
         """Add the gradients of the cost's critic on a microbatch; return its clipped loss, a mean over tokens.

@@ -150,12 +150,12 @@ def ppo(run: Run) -> dict[str, Any]:
                 rewards = masked_whiten(rewards, mask, center=False, weights=weights)
 
             # 5. Advantages.
-            advantages, returns = estimate(settings, rewards, values, mask, weights)
-            rollout = Rollout(batch, logprobs, ref_logprobs, advantages, values, returns, weights)
             if constraint:
                 costs = constraint.assess(update, rows, responses, own, batch, logprobs, ref_logprobs, price)
-                advantages, cost = constraint.estimate(rewards, values, *costs, mask, weights)
-                rollout = rollout._replace(advantages=advantages, cost=cost)
+                (advantages, returns), cost = constraint.estimate(rewards, values, *costs, mask, weights)
+            else:
+                (advantages, returns), cost = estimate(settings, rewards, values, mask, weights), None
+            rollout = Rollout(batch, logprobs, ref_logprobs, advantages, values, returns, weights, cost)
 
             # 6. Update.
             set_learning_rate(optimizer, settings, update)
