@@ -135,7 +135,7 @@ def _level(kind: Kind, key: str, unit: str = "", *, least: bool = False, relativ
     """
 
     def rule(rows: Rows, limits: HealthSection) -> Found:
-        first = rows[0].get(key, 0.0) if relative else 1.0
+        first = next((row[key] for row in rows if key in row), 0.0) if relative else 1.0
         limit = getattr(limits, kind) * first
         for place, mean in window_means(rows, key, limits.window) if first > 0 else ():
             if mean < limit if least else mean > limit:

@@ -15,6 +15,11 @@ def process_rank() -> int:
     return int(os.environ["RANK"]) if process_count() > 1 else 0
 
 
+def leads() -> bool:
+    """Tell whether this process is the first: the run, which alone reads commands, asks, writes and speaks."""
+    return process_rank() == 0
+
+
 def local_rank() -> int:
     """Return the number of this process among those on its machine: the GPU that it computes on."""
     return int(os.environ.get("LOCAL_RANK", "0")) if process_count() > 1 else 0

@@ -14,7 +14,8 @@ from rlaif.records import Prompt
 from rlaif.report.curves import ppo_figures
 from rlaif.stages import actors, ppo
 from rlaif.stages import composite as module
-from rlaif.stages.composite import Composite, cost_stage, on_ppo_scale, repeated_share
+from rlaif.stages.composite import Composite, cost_stage, repeated_share
+from rlaif.stages.scorers import scorers_of
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_sync")
 FLOAT32 = 1e-5  # a few float32 sums of numbers near 1
@@ -156,6 +157,14 @@ def test_a_better_part_never_makes_the_reward_worse_nor_a_longer_response_better
     rows, _ = made_up()
     longer = parts.score(rows, TEXTS, made_up((5, 3, 3, 8))[1]).total
     assert (longer < before).all()
+
+
+def test_a_mean_of_no_score_and_a_deviation_of_one_are_left_out():
+    assert module.score_figures("mean", "spread", torch.zeros(0)) == {}
+    assert module.score_figures("mean", "spread", torch.tensor([2.0])) == {"mean": 2.0}
+    assert module.score_figures("mean", "spread", torch.tensor([2.0, 5.0])) == {"mean": 3.5, "spread": 1.5}
+    nowhere = {"some": torch.tensor([torch.nan, 3.0]), "none": torch.tensor([torch.nan, torch.nan])}
+    assert module.part_figures(nowhere) == {"rollout/score/some": 3.0}
 
 
 def test_a_part_that_says_none_of_a_response_does_not_apply_to_it(opened, functions):
@@ -308,7 +317,7 @@ def test_evaluation_scores_on_the_scale_of_ppo(opened, functions):
     ppo.ppo(run)
     rows = samples(run)[4:]
     prompts, batch = made_up()
-    values = on_ppo_scale(run, None, None, "evaluate")(prompts, [row["response"] for row in rows], batch)
+    values = scorers_of(run, run.load_base())["score"](prompts, [row["response"] for row in rows], batch)
     assert values.tolist() == pytest.approx([row["score"] for row in rows], abs=1e-4)
 
 

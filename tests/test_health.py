@@ -92,6 +92,16 @@ def test_a_constant_first_rollout_is_found_at_once_and_a_later_one_is_not_called
     assert found(run_of(3, score_std=[1.0, 0.0, 0.0])) == []
 
 
+def test_a_figure_that_one_response_could_not_give_is_not_judged_and_others_are_judged_without_it():
+    rows = run_of(13, score_std=[1.0] * 7 + [0.0] * 6)
+    del rows[0]["rollout/score_std"]
+    (one,) = found(rows)  # five zeros end at update 12, one later than where the first update's is there
+    assert (one.kind, one.update, one.value) == ("score_spread", 12, 0.0)
+    for row in rows:
+        row.pop("rollout/score_std", None)
+    assert found(rows) == []
+
+
 def test_overoptimization_is_a_falling_independent_score_under_a_rising_score():
     rising, falling = [n / 4 for n in range(12)], [0.0, 0.2, 0.4, 0.6, 0.8] + [1.0] * 2 + [-0.5] * 5
     (one,) = found(run_of(score=rising, independent_score=falling))

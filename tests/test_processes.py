@@ -16,7 +16,7 @@ from tiny_rows import comparison
 
 from rlaif import launch
 from rlaif.errors import ConfigError, StageError
-from rlaif.stages import processes
+from rlaif.stages import processes, reward_training
 
 # --- without other processes -----------------------------------------------------------------------------------------
 
@@ -53,6 +53,30 @@ def test_alone_a_process_has_all_rows_and_all_totals_and_orders_nobody(monkeypat
     assert processes.order("reward_training", rows=[1]) is None
     with pytest.raises(RuntimeError, match="gloo"), processes.together():
         raise RuntimeError("gloo: not of another process, there is none")
+
+
+def test_a_follower_keeps_its_base_for_the_roles_of_a_round_and_loads_another_for_the_next(monkeypatch):
+    roles = []
+
+    class Base:
+        def __init__(self):
+            self.roles = []
+            roles.append(self.roles)
+
+        def add_role(self, role, **options):
+            assert role not in self.roles, f"role `{role}` exists already"
+            self.roles.append(role)
+
+        def freeze(self, role):
+            pass
+
+    monkeypatch.setattr(reward_training.SharedBase, "load", lambda *args, **options: Base())
+    monkeypatch.setattr(reward_training, "_train", lambda *args: None)
+    for number, role in [(1, "reward"), (1, "cost"), (2, "reward"), (2, "cost")]:
+        job = {"role": role, "folder": "somewhere", "train": [], "watched": [], "seed": 0}
+        told = {"model": {"model_name_or_path": "tiny"}, "settings": {"model": None}, "added": {"adapter": None}}
+        reward_training.follow({**told, "job": job, "options": {}, "checkpoint": None, "steps": 1, "round": number})
+    assert roles == [["reward", "cost"], ["reward", "cost"]]
 
 
 def test_a_lost_process_is_told_in_a_sentence_and_other_trouble_is_not_touched(second_of_three):

@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from report_run import make_run, results
+from report_run import make_run, mean, rate, results
 
 from rlaif.errors import DataError
 from rlaif.report import wording, write_report
@@ -155,6 +155,23 @@ def test_a_missing_file_of_a_finished_stage_is_named(tmp_path: Path) -> None:
     (folder / "5-ppo/samples.jsonl").unlink()
     with pytest.raises(DataError, match=r"samples\.jsonl: no such file"):
         write_report(folder)
+
+
+def test_scores_beside_the_reward_are_shown_where_the_evaluation_has_them(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "plain")
+    page = write_report(folder).read_text()
+    assert "Judged unsafe" not in page and "Independent score" not in page
+    found = results()
+    for policy in ("sft", "ppo"):
+        found["metrics"][policy]["cost"] = {"all": mean(-1.5, 0.25), "harmful": mean(2.5, 0.5)}
+        found["metrics"][policy]["unsafe"] = {"all": rate(30, 150, 0.144, 0.271), "harmful": rate(28, 50, 0.42, 0.69)}
+        found["metrics"][policy]["independent_score"] = {"all": mean(0.4, 0.1)}
+    (folder / "6-evaluate" / "results.json").write_text(json.dumps(found))
+    page = write_report(folder).read_text()
+    assert page.count('<td class="n">\u22121.50\u00a0[\u22121.75,\u00a0\u22121.25]</td>') == 2
+    assert "20\u202f%\u00a0[14,\u00a027]" in page and "56\u202f%\u00a0[42,\u00a069]" in page
+    assert "Cost by kind of prompt" in page and "Independent score by kind of prompt" not in page
+    assert "an answer is judged unsafe where its cost is above 0" in page
 
 
 def test_missing_numbers_become_dashes_and_never_nan(tmp_path: Path) -> None:

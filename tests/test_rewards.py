@@ -1,11 +1,13 @@
 """Reward functions: found by name, checked row by row; and the one whose values are known."""
 
+import math
 from importlib.metadata import EntryPoint
 from typing import Any
 
 import pytest
 
 from rlaif.errors import ConfigError, DataError
+from rlaif.records import Prompt
 from rlaif.stages import rewards
 from rlaif.stages.rewards import brief, call_function, find_function
 
@@ -58,6 +60,19 @@ def test_what_is_no_finite_number_is_an_error(scores: list[Any], complaint: str)
 def test_a_score_that_is_no_number_is_named_with_its_prompt_where_that_is_known() -> None:
     with pytest.raises(DataError, match=r"score 1 \(of a response to `q`\) is nan"):
         call_function("f", lambda **columns: [1.0, float("nan")], ["P", "Q"], ["R", "S"], id=["p", "q"])
+
+
+def test_a_function_gets_tag_and_id_of_each_prompt_and_may_skip_one_where_that_is_allowed() -> None:
+    rows = [Prompt(id="p", prompt="P", tag="t"), Prompt(id="q", prompt="Q", tag="u")]
+
+    def score(**columns: Any) -> list[float | None]:
+        assert columns == {"prompts": ["P", "Q"], "completions": ["R", "S"], "tag": ["t", "u"], "id": ["p", "q"]}
+        return [2.5, None]
+
+    first, second = rewards.score_rows("f", score, rows, ["R", "S"], may_skip=True)
+    assert first == 2.5 and math.isnan(second)
+    with pytest.raises(DataError, match=r"score 1 \(of a response to `q`\) is None"):
+        rewards.score_rows("f", score, rows, ["R", "S"])
 
 
 @pytest.mark.parametrize(

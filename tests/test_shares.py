@@ -14,6 +14,7 @@ import tiny_runs
 import torch
 from safetensors.torch import load_file
 
+from rlaif import launch
 from rlaif.errors import ConfigError
 from rlaif.model.sampling import Batch
 from rlaif.stages import processes, shares
@@ -44,13 +45,13 @@ def test_alone_everything_is_handed_on_as_it_is(monkeypatch):
     assert shares.own_rows(3).tolist() == [0, 1, 2]
     assert shares.added({"loss": 0.1}) == {"loss": 0.1}
     assert shares.from_first(lambda: [0.1], 1) == [0.1]
-    assert (shares.count(), shares.leads()) == (1, True)
+    assert (shares.count(), launch.leads()) == (1, True)
 
 
 def test_a_stage_before_or_after_is_the_first_process_s_alone(monkeypatch):
     Others(monkeypatch, 0, 3)
     monkeypatch.setattr(shares._Now, "together", False)
-    assert (shares.count(), shares.leads(), shares.own([1, 2, 3])) == (1, True, [1, 2, 3])
+    assert (shares.count(), launch.leads(), shares.own([1, 2, 3])) == (1, True, [1, 2, 3])
 
 
 def test_rows_come_back_to_their_places(monkeypatch):
@@ -84,7 +85,7 @@ def test_the_first_process_alone_asks(monkeypatch):
     found = shares.from_first(lambda: pytest.fail("asked"), 2)
     assert found[0] == 0.5
     assert found[1] != found[1]
-    assert not shares.leads()
+    assert not launch.leads()
 
 
 # --- two processes ---------------------------------------------------------------------------------------------------

@@ -148,6 +148,9 @@ class PolicyMetrics(Part):
 
     refusal: dict[str, Rate]
     score: dict[str, Mean] | None = None
+    independent_score: dict[str, Mean] | None = None
+    cost: dict[str, Mean] | None = None
+    unsafe: dict[str, Rate] | None = None
     kl_to_reference: Mean | None = None
     response_tokens: Mean | None = None
     ended: Rate | None = None
@@ -272,7 +275,7 @@ def read_run(folder: Path) -> Run:
         if (place / "manifest.json").is_file()
     }
     done = {stage: places[stage] for stage in manifests}
-    cost = places["reward"] / "cost" / "calibration.json"
+    reward, cost = (places["reward"] / part / "calibration.json" for part in ("", "cost"))
     return Run(
         folder=folder,
         recipe=recipe,
@@ -284,9 +287,7 @@ def read_run(folder: Path) -> Run:
         sft=_metrics(done["sft"]) if "sft" in done else [],
         quality=read_object(done["label"] / "quality.json", Quality) if "label" in done else None,
         reward=_metrics(done["reward"]) if "reward" in done else [],
-        reward_evaluation=read_object(done["reward"] / "calibration.json", RewardEvaluation)
-        if "reward" in done
-        else None,
+        reward_evaluation=read_object(reward, RewardEvaluation) if "reward" in done else None,
         cost_evaluation=read_object(cost, CostEvaluation) if cost.is_file() else None,
         ppo=_metrics(done["ppo"]) if "ppo" in done else [],
         ppo_samples=_rows(done["ppo"] / "samples.jsonl", PpoSample) if "ppo" in done else [],

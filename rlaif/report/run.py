@@ -8,7 +8,7 @@ gives the same bytes. The page loads nothing and runs nothing: its content secur
 from collections.abc import Callable, Sequence
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from markupsafe import Markup
 
@@ -36,7 +36,21 @@ MAX_CHAINS, MAX_QUARANTINED, MAX_ANSWERS = 12, 4, 15
 MAX_SAMPLED_PROMPTS, MAX_SAMPLED_UPDATES = 3, 6
 FEEDBACK = {"ai": "an AI labeller", "human": "people", "mixed": "an AI labeller and people"}
 _HERE = Path(__file__).resolve().parent
+_SCORES = (
+    ("score", "Reward score", wording.mean),
+    ("independent_score", "Independent score", wording.mean),
+    ("cost", "Cost", wording.mean),
+    ("unsafe", "Judged unsafe", wording.rate),
+)
 T = TypeVar("T")
+
+
+class Column(NamedTuple):
+    """One number of the evaluation in words, by policy and tag; `tags` are those without ``all``, in order."""
+
+    title: str
+    tags: list[str]
+    cells: dict[str, dict[str, str]]
 
 
 def write_report(run_folder: Path) -> Path:
@@ -119,7 +133,7 @@ def _of_evaluation(results: Results) -> dict[str, Any]:
         if one.metric == "refusal":
             pair = f"{wording.policy_name(one.policy)} against {wording.policy_name(one.against)}"
             changes.setdefault(pair, {})[one.tag] = one
-    scored = [one.score for one in results.metrics.values() if one.score]
+    columns = [_column(results, *one) for one in _SCORES]
     return {
         "findings": wording.findings(results),
         "refusals": {
@@ -127,9 +141,19 @@ def _of_evaluation(results: Results) -> dict[str, Any]:
             "chart": interval_chart(groups, title="Refusal rates with 95 % intervals"),
         },
         "changes": list(changes.items()),
-        "score_tags": wording.in_order({tag for score in scored for tag in score if tag != "all"}),
+        "scores": [column for column in columns if column.cells],
+        "beside": [column for column in columns[1:] if column.cells],
+        "has_cost": any(one.cost for one in results.metrics.values()),
         "answers": alternate(results.samples, lambda row: row.tag, MAX_ANSWERS),
     }
+
+
+def _column(results: Results, key: str, title: str, write: Callable[[Any], str]) -> Column:
+    """Return a number of all policies; no cells where none of them has it."""
+    found = {policy: getattr(results.metrics[policy], key) or {} for policy in results.policies}
+    tags = wording.in_order({tag for by_tag in found.values() for tag in by_tag})
+    cells = {policy: {tag: write(by_tag.get(tag)) for tag in ("all", *tags)} for policy, by_tag in found.items()}
+    return Column(title, [tag for tag in tags if tag != "all"], cells if tags else {})
 
 
 def _colour(results: Results, policy: str) -> int:

@@ -22,7 +22,7 @@ from rlaif.stages.gate import first_policy, starting_policy
 from rlaif.stages.independent import independent_of, needs_model, optimized
 from rlaif.stages.judged_reward import reward_function
 from rlaif.stages.reward_model import COST, RewardModel, read_calibration
-from rlaif.stages.rewards import RewardFunction, call_function
+from rlaif.stages.rewards import RewardFunction, score_rows
 from rlaif.stages.run import Run
 
 REFERENCE = "reference"
@@ -210,8 +210,7 @@ def score(actors: Actors, rows: list[Prompt], responses: list[str], batch: Batch
         return actors.composite.score(rows, responses, batch)
     if actors.function is not None:
         name = actors.settings.reward_function or ""
-        columns = {"tag": [row.tag for row in rows], "id": [row.id for row in rows]}
-        values = call_function(name, actors.function, [row.prompt for row in rows], responses, **columns)
+        values = score_rows(name, actors.function, rows, responses)
         return Scored(torch.tensor(values, device=actors.base.device), {})
     assert actors.model, "without a function a reward model scores"
     return Scored(actors.model.score_responses(actors.base, rows, responses, batch, actors.settings.microbatch), {})
@@ -245,9 +244,9 @@ def use_scale(actors: Actors, scale: dict[str, Any]) -> None:
     """Take over what `scale_of` returned."""
     actors.offset, actors.scale = scale["offset"], scale["scale"]
     if actors.composite:
-        actors.composite.standards = {name: Standard(*one) for name, one in scale["parts"].items()}
+        actors.composite.use(scale["parts"])
     if actors.independent:
-        actors.independent.standards = {name: Standard(*one) for name, one in scale["independent"].items()}
+        actors.independent.use(scale["independent"])
 
 
 @torch.no_grad()

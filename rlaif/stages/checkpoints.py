@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rlaif import files
+from rlaif.launch import leads
 from rlaif.maths.kl import AdaptiveKl, FixedKl
 from rlaif.model.roles import SharedBase
 from rlaif.records import read_jsonl
-from rlaif.stages import shares
 from rlaif.stages.run import Run
 from rlaif.stages.training import CHECKPOINTS, close_checkpoint, resume_point, step_of
 
@@ -47,7 +47,7 @@ def save(
     constraint: Stateful | None = None,
 ) -> None:
     """Write a checkpoint after an update and drop all but the newest two."""
-    if not shares.leads():
+    if not leads():
         return
     parent = run.stage_folder(STAGE) / CHECKPOINTS
     tensors: dict[str, Tensor] = {}
@@ -72,7 +72,7 @@ def restore(
 ) -> tuple[int, dict[str, Any]]:
     """Load the newest complete checkpoint, if there is one; return how many updates are done and the reward's scale."""
     folder = run.stage_folder(STAGE)
-    if shares.leads():
+    if leads():
         checkpoint = resume_point(run, folder)
         _cut_samples(folder / SAMPLES, step_of(checkpoint))
     else:  # the first process has cleared away what is not complete

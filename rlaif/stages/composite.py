@@ -7,7 +7,7 @@ negatively. A part that says None of a response (only functions may) does not ap
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,11 +23,10 @@ from rlaif.reward_parts import CompositeSection, IndependentPart, RewardPart
 from rlaif.sections import Combination
 from rlaif.stages.judged_reward import judge_function
 from rlaif.stages.reward_model import COST, RewardModel
-from rlaif.stages.rewards import RewardFunction, call_function, call_where_it_applies, find_function
+from rlaif.stages.rewards import RewardFunction, find_function, score_rows
 from rlaif.stages.run import Run
 
 SCALE = "scale.json"
-Scorer = Callable[[Sequence[Prompt], Sequence[str], Batch], Tensor]
 
 
 class Scored(NamedTuple):
@@ -85,6 +84,15 @@ class Composite:
             elif part.judge:
                 self._functions[part.name] = judge_function(run, base, stage)
 
+    @property
+    def cost(self) -> RewardModel | None:
+        """The cost adapter, where a part has loaded it."""
+        return next((self._models[part.name] for part in self.settings.rewards if part.cost), None)
+
+    def use(self, standards: dict[str, Sequence[float]]) -> None:
+        """Take over mean and deviation of each part from an earlier first rollout."""
+        self.standards = {name: Standard(*one) for name, one in standards.items()}
+
     @torch.no_grad()
     def score(self, rows: Sequence[Prompt], responses: Sequence[str], batch: Batch) -> Scored:
         """Score responses; the first call's become the reference set, unless a scale has been restored.
@@ -141,10 +149,9 @@ class Composite:
         if part.repetition:
             texts = [ids[mask].tolist() for ids, mask in zip(batch.response_ids, batch.response_mask, strict=True)]
             return torch.tensor([repeated_share(ids, part.repetition) for ids in texts], device=device)
-        columns = {"tag": [row.tag for row in rows], "id": [row.id for row in rows]}
-        call = call_function if self.settings.combine == "gate" else call_where_it_applies
-        found = call(part.name, self._functions[part.name], [row.prompt for row in rows], responses, **columns)
-        return torch.tensor([torch.nan if value is None else value for value in found], device=device)
+        may_skip = self.settings.combine != "gate"
+        found = score_rows(part.name, self._functions[part.name], rows, responses, may_skip=may_skip)
+        return torch.tensor(found, device=device)
 
 
 def needs_reward_model(run: Run) -> bool:
@@ -180,21 +187,14 @@ def composite_inputs(run: Run) -> dict[str, Any]:
     return {"rewards": settings.model_dump(include=set(CompositeSection.model_fields))} if settings.rewards else {}
 
 
-def on_ppo_scale(run: Run, base: SharedBase, model: RewardModel | None, stage: str) -> Scorer:
-    """Return what scores responses as the last update of PPO would, ``[B]``, without penalties for a missing end.
+def ppo_scale(run: Run) -> dict[str, Any]:
+    """Return all that PPO's first rollout settled about scores.
 
     Raises:
-        StageError: PPO has not finished, or there is no cost adapter.
+        StageError: PPO has not finished.
     """
-    composite = Composite(run, base, model, stage)
-    scale = json.loads(run.output("ppo", SCALE).read_text(encoding="utf-8"))
-    composite.standards = {name: Standard(*one) for name, one in scale["parts"].items()}
-    whole = Standard(scale["offset"], scale["scale"])
-
-    def score(rows: Sequence[Prompt], responses: Sequence[str], batch: Batch) -> Tensor:
-        return standardize(composite.score(rows, responses, batch).total, whole)
-
-    return score
+    found: dict[str, Any] = json.loads(run.output("ppo", SCALE).read_text(encoding="utf-8"))
+    return found
 
 
 def repeated_share(ids: Sequence[int], n: int) -> float:
@@ -211,11 +211,17 @@ def part_figures(parts: dict[str, Tensor]) -> dict[str, float]:
     """Return mean and standard deviation of each part over the responses that it applies to, as metrics."""
     figures: dict[str, float] = {}
     for name, values in parts.items():
-        applied = values[~values.isnan()]
-        if len(applied):
-            figures[f"rollout/score/{name}"] = applied.mean().item()
-            figures[f"rollout/score_std/{name}"] = applied.std(correction=0).item()
+        figures |= score_figures(f"rollout/score/{name}", f"rollout/score_std/{name}", values[~values.isnan()])
     return figures
+
+
+def score_figures(mean: str, spread: str, scores: Tensor) -> dict[str, float]:
+    """Return mean and standard deviation of scores, ``[N]``, as the metrics of these names.
+
+    What cannot be computed is left out: one score has no deviation, and none have no mean either.
+    """
+    figures = {mean: scores.mean().item()} if len(scores) else {}
+    return figures | ({spread: scores.std(correction=0).item()} if len(scores) > 1 else {})
 
 
 def part_scores(parts: dict[str, Tensor], row: int) -> dict[str, Any]:

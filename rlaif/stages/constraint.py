@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rlaif.maths.advantages import gae, sequence_advantages, token_rewards
+from rlaif.maths.advantages import Advantages, gae, sequence_advantages, token_rewards
 from rlaif.maths.composition import Standard, standard_of, standardize
 from rlaif.maths.lagrange import Multiplier, combine, combine_whitened
 from rlaif.maths.losses import clipped_value_loss
@@ -26,9 +26,9 @@ from rlaif.model.sampling import Batch, in_microbatches
 from rlaif.records import Prompt
 from rlaif.stages import shares
 from rlaif.stages.checkpoints import COST_CRITIC, POLICY
-from rlaif.stages.composite import load_cost
+from rlaif.stages.composite import load_cost, score_figures
 from rlaif.stages.reward_model import RewardModel
-from rlaif.stages.rewards import call_function, find_function
+from rlaif.stages.rewards import find_function, score_rows
 from rlaif.stages.run import Run
 
 
@@ -119,8 +119,8 @@ class Constraint:
 
     def estimate(
         self, rewards: Tensor, values: Tensor, costs: Tensor, cost_values: Tensor, mask: Tensor, weights: Tensor
-    ) -> tuple[Tensor, Cost]:
-        """Return the advantages of reward and cost combined, and what the cost's critic said and is to learn.
+    ) -> tuple[Advantages, Cost]:
+        """Return the advantages of reward and cost combined, and what each critic is to learn.
 
         Args:
             rewards: per token, ``[B, T]``.
@@ -134,11 +134,11 @@ class Constraint:
         if self._critic == "none":
             earned = combine(rewards, costs, price).sum(1)
             advantages = sequence_advantages(settings.advantage_estimator, earned, mask, settings.samples_per_prompt)
-            return advantages, Cost(cost_values, torch.zeros_like(cost_values))
+            return Advantages(advantages, torch.zeros_like(values)), Cost(cost_values, torch.zeros_like(cost_values))
         ours = gae(rewards, values, mask, gamma=settings.gamma, lam=settings.lam)
         theirs = gae(costs, cost_values, mask, gamma=settings.gamma, lam=settings.lam)
         advantages = combine_whitened(ours.advantages, theirs.advantages, price, mask, weights)
-        return advantages, Cost(cost_values, theirs.returns)
+        return ours._replace(advantages=advantages), Cost(cost_values, theirs.returns)
 
     def backward(self, batch: Batch, cost: Cost, states: Tensor, weight: Tensor, weights: Tensor) -> Tensor:
         """Add the gradients of the cost's critic on a microbatch; return its clipped loss, a mean over tokens.
@@ -159,8 +159,7 @@ class Constraint:
         """Return the metrics of the newest rollout."""
         costs = self.latest[self._own]
         return {
-            "rollout/cost": costs.mean().item(),
-            "rollout/cost_std": costs.std(correction=0).item(),
+            **score_figures("rollout/cost", "rollout/cost_std", costs),
             "rollout/unsafe": (costs > 0).float().mean().item(),
             "constraint/mean_cost": self.multiplier.mean_cost,
             "constraint/threshold": self.multiplier.threshold,
@@ -181,9 +180,7 @@ class Constraint:
         if self.model:
             return self.model.score_responses(self._base, rows, responses, batch, self._settings.microbatch)
         assert self._function, "a constraint has an adapter or a function"
-        columns = {"tag": [row.tag for row in rows], "id": [row.id for row in rows]}
-        found = call_function(self._name, self._function, [row.prompt for row in rows], responses, **columns)
-        return torch.tensor(found, device=batch.ids.device)
+        return torch.tensor(score_rows(self._name, self._function, rows, responses), device=batch.ids.device)
 
     @shares.by_rows
     def _values(self, batch: Batch) -> Tensor:

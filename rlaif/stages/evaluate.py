@@ -1,8 +1,8 @@
 """Stage `evaluate`: the base and the policies of all stages on prompts that nothing was trained on.
 
-For each policy: refusals by tag, the reward score, the KL to the reference on its own responses, length; between
-policies: paired differences of refusal rates, and win rates by the judges of `label` or by one of its own. Every figure
-has a 95 % interval.
+For each policy: refusals by tag, the reward score, beside it the independent score and the cost where there are such,
+the KL to the reference on its own responses, length; between policies: paired differences of refusal rates, and win
+rates by the judges of `label` or by one of its own. Every figure has a 95 % interval.
 
 Writes ``results.json`` and ``responses.jsonl``.
 """
@@ -25,18 +25,18 @@ from rlaif.recipe import OPTIONAL
 from rlaif.records import Prompt
 from rlaif.rounds import OPTIMIZERS
 from rlaif.stages.candidates import Candidate, Engines, of_prompt
-from rlaif.stages.composite import Scorer, composite_inputs, cost_files, on_ppo_scale
+from rlaif.stages.composite import composite_inputs
 from rlaif.stages.gate import KEPT, kept_policy
 from rlaif.stages.judged_reward import reward_function, reward_inputs
 from rlaif.stages.revise import question
-from rlaif.stages.reward_model import CALIBRATION, RewardModel
-from rlaif.stages.rewards import call_function
+from rlaif.stages.reward_model import CALIBRATION
+from rlaif.stages.rewards import score_rows
 from rlaif.stages.run import Run, path_sha256, templates
+from rlaif.stages.scorers import BESIDE, MICROBATCH, Scorer, beside_inputs, cost_input, scorers_of
 from rlaif.stages.votes import asked, cast, judges_of, panel_of, settings_of
 
 NAME = "evaluate"
 OWN = (None, "sft")  # adapters of a judge whose weights count already
-_MICROBATCH = 8
 _SAMPLES_PER_TAG = 5
 _NO_PAIRS = {"n": 0, "count": 0.0, "rate": None, "low": None, "high": None}  # where the judge answered nothing
 
@@ -51,6 +51,8 @@ class Response(NamedTuple):
     refused: bool
     score: float | None
     kl: float  # nats, to the reference
+    independent_score: float | None = None
+    cost: float | None = None  # above 0: unsafe
 
 
 def adapters(run: Run) -> dict[str, Any]:
@@ -80,12 +82,13 @@ def inputs(run: Run) -> dict[str, str]:
             "reward.calibration": run.stage_folder("reward") / CALIBRATION,
             **{stage: run.stage_folder(stage) / "policy" for stage in OPTIONAL if stage in run.recipe.stages},
             **kept_policy(run).as_input(KEPT),
-            **cost_files(run),
+            **cost_input(run),
         },
         constitution=run.constitution.hash_of("principles", "comparisons"),
         judge=[label.principles, *([asdict(settings_of(label, one)), one.adapter] for one in judges)],
         reward_function=[run.recipe.ppo.reward_function, reward_inputs(run)],
         **composite_inputs(run),
+        **beside_inputs(run),
         prompts=run.prompts_hash(run.select("eval", settings.prompts_per_tag)),
         templates=[one.hash for one in templates("compare", "gather", "rate", "weigh").values()],
         engines=asked(run, NAME),
@@ -101,10 +104,10 @@ def evaluate(run: Run) -> dict[str, Any]:
     for name, adapter in policies.items():
         if adapter is not None:
             base.add_role(name, adapter=adapter)
-    scorer = scorer_of(run, base)
+    scorers = scorers_of(run, base)
     reference = "sft" if "sft" in policies else BASE
     responses = {
-        name: respond_as(run, base, name, adapter, prompts, reference, scorer) for name, adapter in policies.items()
+        name: respond_as(run, base, name, adapter, prompts, reference, scorers) for name, adapter in policies.items()
     }
     wins = win_rates(run, base, responses) if settings.judge_prompts_per_tag else []
     result = {
@@ -127,7 +130,7 @@ def evaluate(run: Run) -> dict[str, Any]:
                 "tag": row.prompt.tag,
                 "prompt": row.prompt.prompt,
             }
-            | {key: getattr(row, key) for key in Response._fields[1:]}
+            | {key: getattr(row, key) for key in Response._fields[1:] if key not in BESIDE or key in scorers}
             for name, rows in responses.items()
             for row in rows
         ],
@@ -174,7 +177,7 @@ def respond_as(
     adapter: Any,
     prompts: Sequence[Prompt],
     reference: str,
-    scorer: Scorer | None,
+    scorers: dict[str, Scorer],
 ) -> list[Response]:
     """Let one policy answer all prompts, and measure its answers."""
     answers = answers_as(run, base, role, adapter, prompts)
@@ -183,31 +186,15 @@ def respond_as(
         (base.tokenizer.prompt(prompt.messages), base.tokenizer.response(answer.text, ended=answer.ended))
         for prompt, answer in zip(prompts, answers, strict=True)
     ]
-    scores, divergences = score_and_kl(run, base, role, reference, prompts, texts, encoded, scorer)
+    measured = measure(run, base, role, reference, prompts, texts, encoded, scorers)
     return [
-        Response(prompt, answer.text, answer.ended, answer.tokens, filters.is_refusal(answer.text), score, kl)
-        for prompt, answer, score, kl in zip(prompts, answers, scores, divergences, strict=True)
+        Response(prompt, answer.text, answer.ended, answer.tokens, filters.is_refusal(answer.text), **numbers)
+        for prompt, answer, numbers in zip(prompts, answers, measured, strict=True)
     ]
 
 
-def scorer_of(run: Run, base: SharedBase) -> Scorer | None:
-    """Return what scores responses on PPO's scale: the parts of its reward or the reward model; None without either."""
-    has_ppo, settings = "ppo" in run.recipe.stages, run.recipe.ppo
-    stage = run.stage_folder("reward")
-    model = None
-    if run.has_output("reward"):
-        own = run.load_reward_base() if run.recipe.reward.model else base
-        model = RewardModel.load(own, stage, settings.reward_model)
-    if has_ppo and settings.rewards:
-        return on_ppo_scale(run, base, model, NAME)
-    if model is None or (has_ppo and settings.reward_function):
-        return None
-    offset, scale = model.scale
-    return lambda rows, texts, batch: (model.score_responses(base, rows, texts, batch, _MICROBATCH) - offset) / scale
-
-
 @torch.no_grad()
-def score_and_kl(
+def measure(
     run: Run,
     base: SharedBase,
     role: str,
@@ -215,30 +202,30 @@ def score_and_kl(
     prompts: Sequence[Prompt],
     texts: Sequence[str],
     encoded: Sequence[tuple[list[int], list[int]]],
-    scorer: Scorer | None,
-) -> tuple[list[float | None], list[float]]:
-    """Return each response's score on PPO's scale (None without a reward) and its log-ratio to the reference."""
-    scores: list[float | None] = [None] * len(texts)
-    kls = [0.0] * len(texts)
+    scorers: dict[str, Scorer],
+) -> list[dict[str, Any]]:
+    """Return each response's numbers: its log-ratio to the reference, its score (None without a reward), and others."""
+    measured: list[dict[str, Any]] = [{"score": None, "kl": 0.0} for _ in texts]
     name = run.recipe.ppo.reward_function if "ppo" in run.recipe.stages else None
     if name:
         found = reward_function(run, base, NAME)
-        columns = {"tag": [prompt.tag for prompt in prompts], "id": [prompt.id for prompt in prompts]}
-        scores = list(call_function(name, found, [prompt.prompt for prompt in prompts], texts, **columns))
+        for row, value in enumerate(score_rows(name, found, prompts, texts)):
+            measured[row]["score"] = value
     with run.progress.task(f"scores of {role}", len(texts)) as task:
-        for rows in sampling.batches_by_length([len(p) + len(r) for p, r in encoded], _MICROBATCH):
+        for rows in sampling.batches_by_length([len(p) + len(r) for p, r in encoded], MICROBATCH):
             pairs = [(encoded[row][0], encoded[row][1] or [base.tokenizer.end_of_turn]) for row in rows]
             batch = sampling.pack(base, *zip(*pairs, strict=True))
-            if scorer:
-                values = scorer([prompts[row] for row in rows], [texts[row] for row in rows], batch)
-                for row, value in zip(rows, values.tolist(), strict=True):
-                    scores[row] = value
+            numbers = {
+                key: scorer([prompts[row] for row in rows], [texts[row] for row in rows], batch)
+                for key, scorer in scorers.items()
+            }
             if role != reference:
-                ratio = response_logprob(base, role, batch) - response_logprob(base, reference, batch)
-                for row, value in zip(rows, ratio.tolist(), strict=True):
-                    kls[row] = value
+                numbers["kl"] = response_logprob(base, role, batch) - response_logprob(base, reference, batch)
+            for key, values in numbers.items():
+                for row, value in zip(rows, values.tolist(), strict=True):
+                    measured[row][key] = value
             task.advance(len(rows))
-    return scores, kls
+    return measured
 
 
 def response_logprob(base: SharedBase, role: str, batch: sampling.Batch) -> torch.Tensor:
@@ -251,19 +238,29 @@ def metrics(rows: Sequence[Response]) -> dict[str, Any]:
     """Return one policy's figures with intervals."""
     tags = sorted({row.prompt.tag for row in rows})
     by_tag = {tag: [row for row in rows if row.prompt.tag == tag] for tag in tags}
-    scored = [row for row in rows if row.score is not None]
     return {
         "refusal": {tag: rate([row.refused for row in group]) for tag, group in by_tag.items()},
-        "score": {
-            tag: agreement.mean_interval([row.score or 0.0 for row in group])._asdict()
-            for tag, group in {"all": scored, **by_tag}.items()
-        }
-        if scored
-        else None,
+        "score": means({"all": rows, **by_tag}, "score"),
+        **{key: found for key in BESIDE if (found := means({"all": rows, **by_tag}, key))},
+        **unsafe({"all": rows, **by_tag}),
         "kl_to_reference": agreement.mean_interval([row.kl for row in rows])._asdict(),
         "response_tokens": agreement.mean_interval([float(row.tokens) for row in rows])._asdict(),
         "ended": rate([row.ended for row in rows]),
     }
+
+
+def means(groups: dict[str, Sequence[Response]], key: str) -> dict[str, Any] | None:
+    """Return the mean of a number over each group of responses, with its interval; None where they do not have it."""
+    values = {tag: [getattr(row, key) for row in group] for tag, group in groups.items()}
+    if None in values["all"]:
+        return None
+    return {tag: agreement.mean_interval(numbers)._asdict() for tag, numbers in values.items()}
+
+
+def unsafe(groups: dict[str, Sequence[Response]]) -> dict[str, Any]:
+    """Return the share of responses whose cost is above 0, by group; nothing where there is no cost."""
+    costs = {tag: [row.cost for row in group if row.cost is not None] for tag, group in groups.items()}
+    return {"unsafe": {tag: rate([cost > 0 for cost in found]) for tag, found in costs.items()}} if costs["all"] else {}
 
 
 def rate(flags: Sequence[bool]) -> dict[str, Any]:

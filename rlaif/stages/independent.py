@@ -15,7 +15,7 @@ from rlaif.model.roles import SharedBase
 from rlaif.model.sampling import Batch
 from rlaif.records import Prompt
 from rlaif.reward_parts import CompositeSection
-from rlaif.stages.composite import Composite
+from rlaif.stages.composite import Composite, score_figures
 from rlaif.stages.judged_reward import judge_inputs
 from rlaif.stages.reward_model import RewardModel
 from rlaif.stages.run import Run
@@ -26,16 +26,17 @@ def needs_model(run: Run) -> bool:
     return any(part.model or part.member for part in run.recipe.ppo.independent)
 
 
-def independent_of(run: Run, base: SharedBase, model: RewardModel | None) -> Composite | None:
+def independent_of(run: Run, base: SharedBase, model: RewardModel | None, stage: str = "ppo") -> Composite | None:
     """Return what gives the independent score; None where the recipe asks for none.
 
     Args:
         run: the run.
         base: the shared base; a cost adapter is added to it.
         model: the whole reward model, where `needs_model`.
+        stage: who asks; the judge's answers are stored under it.
     """
     parts = run.recipe.ppo.independent
-    return Composite(run, base, model, "ppo", CompositeSection(rewards=list(parts))) if parts else None
+    return Composite(run, base, model, stage, CompositeSection(rewards=list(parts))) if parts else None
 
 
 def optimized(run: Run, model: RewardModel) -> RewardModel:
@@ -43,6 +44,14 @@ def optimized(run: Run, model: RewardModel) -> RewardModel:
     kept_out = {part.member for part in run.recipe.ppo.independent if part.member}
     numbers = range(1, len(model.scales) + 1)
     return model.only(*(number for number in numbers if number not in kept_out)) if kept_out else model
+
+
+def independent_scores(
+    independent: Composite, rows: Sequence[Prompt], responses: Sequence[str], batch: Batch
+) -> Tensor:
+    """Return the independent score of each response, ``[B]``, in deviations of the first rollout."""
+    weights = sum(part.weight for part in independent.settings.rewards)
+    return independent.score(rows, responses, batch).total / weights
 
 
 def independent_figures(
@@ -54,9 +63,8 @@ def independent_figures(
     """
     if independent is None:
         return {}
-    weights = sum(part.weight for part in independent.settings.rewards)
-    scores = independent.score(rows, responses, batch).total[own] / weights
-    return {health.INDEPENDENT: scores.mean().item(), health.INDEPENDENT_SPREAD: scores.std(correction=0).item()}
+    scores = independent_scores(independent, rows, responses, batch)[own]
+    return score_figures(health.INDEPENDENT, health.INDEPENDENT_SPREAD, scores)
 
 
 def independent_inputs(run: Run) -> dict[str, Any]:

@@ -36,7 +36,7 @@ from rlaif.recipe import PpoSection
 from rlaif.stages import shares
 from rlaif.stages.actors import Actors, assign_roles, calibrate, critic_values, judge_tokens, scale_of, score, use_scale
 from rlaif.stages.checkpoints import COST_CRITIC, CRITIC, POLICY, restore, save
-from rlaif.stages.composite import cost_files, part_figures
+from rlaif.stages.composite import cost_files, part_figures, score_figures
 from rlaif.stages.constraint import Cost, constraint_inputs
 from rlaif.stages.exploration import draw, exploration_figures, policy_draws, weights_of
 from rlaif.stages.gate import starting_policy
@@ -154,12 +154,12 @@ def ppo(run: Run) -> dict[str, Any]:
                 rewards = masked_whiten(rewards, mask, center=False, weights=weights)
 
             # 5. Advantages.
-            advantages, returns = estimate(settings, rewards, values, mask, weights)
-            rollout = Rollout(batch, logprobs, ref_logprobs, advantages, values, returns, weights)
             if constraint:
                 costs = constraint.assess(update, rows, responses, own, batch, logprobs, ref_logprobs, price)
-                advantages, cost = constraint.estimate(rewards, values, *costs, mask, weights)
-                rollout = rollout._replace(advantages=advantages, cost=cost)
+                (advantages, returns), cost = constraint.estimate(rewards, values, *costs, mask, weights)
+            else:
+                (advantages, returns), cost = estimate(settings, rewards, values, mask, weights), None
+            rollout = Rollout(batch, logprobs, ref_logprobs, advantages, values, returns, weights, cost)
 
             # 6. Update.
             set_learning_rate(optimizer, settings, update)
@@ -167,8 +167,7 @@ def ppo(run: Run) -> dict[str, Any]:
             loss_price = kl.coef if settings.kl_place == "loss" else 0.0
             figures = optimize(run, actors, optimizer, trainable, rollout, update, loss_price, ptx)
             figures |= {
-                "rollout/score": scores[own].mean().item(),
-                "rollout/score_std": scores[own].std(correction=0).item(),
+                **score_figures("rollout/score", "rollout/score_std", scores[own]),
                 "rollout/reward": (rewards * mask).sum(1)[own].mean().item(),
                 "rollout/kl_to_reference": divergence[own].mean().item(),
                 "rollout/response_tokens": mask.sum(1)[own].float().mean().item(),

@@ -6,8 +6,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rlaif import files, health
+from rlaif.launch import leads
 from rlaif.records import read_jsonl
-from rlaif.stages import shares
 from rlaif.stages.actors import REFERENCE, Actors, scale_of
 from rlaif.stages.cards import write_policy_card
 from rlaif.stages.checkpoints import POLICY, SAMPLES, STAGE
@@ -28,7 +28,7 @@ def record(
     own: list[bool],
 ) -> None:
     """Append the figures of an update and a few of its responses to the stage's files; `own`: the policy drew them."""
-    if not shares.leads():
+    if not leads():
         return
     folder = run.stage_folder(STAGE)
     files.append_jsonl(folder / METRICS, {"step": update + 1, "update": update + 1, **figures})
@@ -53,7 +53,7 @@ def record(
 
 def finish(run: Run, actors: Actors) -> dict[str, Any]:
     """Write the trained roles; return the counts for the manifest."""
-    if not shares.leads():
+    if not leads():
         return {}
     folder = run.stage_folder(STAGE)
     files.write_json(folder / SCALE, scale_of(actors))

@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 
 from rlaif.errors import ConfigError, RlaifError, StageError
-from rlaif.launch import process_count, process_rank
+from rlaif.launch import leads, process_count, process_rank
 from rlaif.model.base import default_device
 
 TRAIN_TOGETHER = (
@@ -66,7 +66,7 @@ def _join() -> _Joined:
 
 def lead_or_follow(main: Callable[[], None]) -> None:
     """Run a command in the first process and follow it in the others, each of which ends with its exit code."""
-    if process_rank():
+    if not leads():
         _follow()
     code = 1
     try:

@@ -170,6 +170,7 @@ def train(run: Run, base: SharedBase, job: Job, settings: RewardSection, start: 
             settings=settings.model_dump(),
             added={"head": True, "outputs": len(base.head_weight(job.role)), "adapter": start and str(start)},
             job=asdict(job) | {"folder": str(job.folder)},
+            round=run.round,
             options=options,
             checkpoint=checkpoint,
             steps=steps,
@@ -209,7 +210,7 @@ def _train(
 
 def follow(told: dict[str, Any]) -> None:
     """Take part in the training of one role that the first of several processes orders."""
-    base = _base(json.dumps(told["model"]), bool(told["settings"]["model"]))
+    base = _base(json.dumps(told["model"]), bool(told["settings"]["model"]), told["round"])
     job, added = told["job"], told["added"]
     rows = {name: [_example(row) for row in job[name]] for name in ("train", "watched")}
     base.add_role(job["role"], trainable=True, **added | {"adapter": added["adapter"] and Path(added["adapter"])})
@@ -226,8 +227,8 @@ def follow(told: dict[str, Any]) -> None:
 
 
 @functools.lru_cache(maxsize=1)
-def _base(model: str, classifier: bool) -> SharedBase:
-    """Keep the base that roles were trained on before, for a further one."""
+def _base(model: str, classifier: bool, round_number: int) -> SharedBase:
+    """Keep the base that roles were trained on before, for a further one of the same round."""
     return SharedBase.load(ModelSection(**json.loads(model)), classifier=classifier)
 
 

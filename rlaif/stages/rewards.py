@@ -11,6 +11,7 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from rlaif.errors import ConfigError, DataError
+from rlaif.records import Prompt
 from rlaif.stages import shares
 
 GROUP = "rlaif.rewards"
@@ -70,6 +71,27 @@ def call_where_it_applies(
         ]
 
     return [None if math.isnan(number) else number for number in shares.from_first(ask, len(responses))]
+
+
+def score_rows(
+    name: str, function: RewardFunction, rows: Sequence[Prompt], responses: Sequence[str], *, may_skip: bool = False
+) -> list[float]:
+    """Return a function's score of a response to each prompt, whose `tag` and `id` it is given as columns.
+
+    Args:
+        name: of the function, for messages.
+        function: what scores.
+        rows: the prompts.
+        responses: one to each.
+        may_skip: whether it may say None, which is returned as NaN.
+
+    Raises:
+        DataError: the wrong number of scores, or one that is not a finite number.
+    """
+    columns = {"tag": [row.tag for row in rows], "id": [row.id for row in rows]}
+    call = call_where_it_applies if may_skip else call_function
+    found = call(name, function, [row.prompt for row in rows], responses, **columns)
+    return [math.nan if score is None else score for score in found]
 
 
 def _scores(

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from rlaif.errors import ConfigError
 from rlaif.journal import Journal
-from rlaif.launch import process_count, process_rank
+from rlaif.launch import leads, process_count
 from rlaif.model import sampling
 from rlaif.model.roles import SharedBase
 from rlaif.model.sampling import Batch, Sample
@@ -45,11 +45,6 @@ class _Now:
 def count() -> int:
     """Return how many processes take part in what this one does."""
     return process_count() if _Now.together else 1
-
-
-def leads() -> bool:
-    """Tell whether this process is the one that writes."""
-    return count() == 1 or process_rank() == 0
 
 
 # --- taking part -----------------------------------------------------------------------------------------------------
