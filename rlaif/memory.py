@@ -111,20 +111,21 @@ class Held:
 
         The inputs of both norms in fp32; queries, keys, values and what attention gives; the gate, its activation and
         the other half of the MLP; each adapter's low-rank product and the input of each adapted matrix: once for all
-        that share it where adapters compute in the base's type, else an fp32 copy for each (`rlaif.model.lora`). Of
-        packed rows what attention gives is put together, and the copy is the input of its own matrix.
+        that share it where adapters compute in the base's type, else (fp16, 8 bits) an fp32 copy for each
+        (`rlaif.model.lora`). Of packed rows what attention gives is put together, and the copy is the input of its own
+        matrix.
         """
         shape, e, targets = self.shape, self.compute, self.targets
         h, i = shape.hidden, shape.intermediate
         kept = 2 * FP32 * h + e * (2 * shape.q + 2 * shape.kv) + e * 3 * i
-        if e == FP32:
+        if e == FP32 or not (self.settings.dtype == "float16" or self.settings.load_in_8bit):
             shared = {"attention": h, "mlp": h, "down_proj": i, "o_proj": shape.q * packed}
             kinds = {"q_proj": "attention", "k_proj": "attention", "v_proj": "attention"}
             kinds |= {"gate_proj": "mlp", "up_proj": "mlp"}
             inputs = e * sum(shared[kind] for kind in {kinds.get(name, name) for name in targets})
-        else:
-            inputs = FP32 * sum(size for size, _ in targets.values())
-        return kept + inputs + FP32 * self.settings.lora_r * len(targets)
+            return kept + inputs + e * self.settings.lora_r * len(targets)
+        copies = FP32 * sum(size for size, _ in targets.values())
+        return kept + copies + FP32 * self.settings.lora_r * len(targets)
 
     def learning(self, tokens: int, logits: float, *, packed: bool = False) -> tuple[float, float]:
         """Return activations and logits at the peak of a forward and backward pass.

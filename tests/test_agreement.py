@@ -11,6 +11,7 @@ from rlaif.maths.agreement import (
     mean_interval,
     paired_bootstrap,
     same_position,
+    shown_below,
     wilson,
     win_rate,
 )
@@ -118,6 +119,14 @@ def test_wilson_inverts_the_score_test(confidence):
         rate = wilson(count, n, confidence)
         low, high = oracles.wilson(count, n, confidence)
         assert (rate.low, rate.high) == (pytest.approx(low, abs=1e-9), pytest.approx(high, abs=1e-9))
+
+
+def test_a_rate_is_shown_to_be_below_another_where_the_whole_of_its_interval_is():
+    for n in (3, 4, 6, 20, 101):
+        halves = [count / 2 for count in range(2 * n + 1)]
+        whole = [count for count in halves if oracles.wilson(count, n, 0.95)[1] < 0.5]
+        assert [count for count in halves if count / n < shown_below(0.5, n)] == whole
+    assert shown_below(0.5, 100) == pytest.approx(0.4020018, abs=1e-7)
 
 
 def test_wilson_mirrors_failures_and_narrows_with_more_trials():

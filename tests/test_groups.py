@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from bitsandbytes.functional import dequantize_4bit
 from test_base import FAMILIES, save_beside
 from tiny_roles import PROJECTIONS, add_stirred, clear, gradients, load
 
@@ -169,6 +170,81 @@ def test_the_training_pass_of_lora_gives_the_numbers_of_peft(tiny_model_64, four
     assert len(calls) == 2 * len(PROJECTIONS)
     torch.testing.assert_close(found, expected, **CLOSE)
     assert apart(got, wanted) < 1e-5
+
+
+@pytest.fixture
+def half(monkeypatch):
+    """Let a base be loaded on this CPU as it is on a GPU: ``half(torch.bfloat16, folder, ...)``."""
+
+    def load_half(dtype, folder, **keys):
+        monkeypatch.setattr("rlaif.model.base.compute_dtype", lambda name, device: dtype)
+        base = load(folder, **keys)
+        add_stirred(base, "reward", 1, trainable=True, head=True)
+        return base
+
+    return load_half
+
+
+def test_on_a_base_in_bf16_it_gives_what_float64_gives_within_the_rounding_of_bf16(tiny_model_64, four_bit, half):
+    base = half(torch.bfloat16, tiny_model_64, load_in_4bit=four_bit)
+    layer = next(module for module in base.lm.modules() if isinstance(module, lora.LoraLayer))
+    x = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(0)).bfloat16().requires_grad_()
+    a, b = layer.lora_A["reward"].weight, layer.lora_B["reward"].weight
+    wide = [one.detach().double().requires_grad_() for one in (x, a, b)]
+    weight = layer.base_layer.weight
+    matrix = dequantize_4bit(weight.data, weight.quant_state) if four_bit else weight
+    expected = wide[0] @ matrix.double().T + layer.scaling["reward"] * (wide[0] @ wide[1].T @ wide[2].T)
+    gradient = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
+    expected.backward(gradient.double())
+    with base.acting_as("reward", training=True):
+        assert lora._fits(layer, x)
+        found = layer(x)
+        found.backward(gradient)
+    assert (found.dtype, x.grad.dtype, a.grad.dtype, b.grad.dtype) == (torch.bfloat16,) * 2 + (torch.float32,) * 2
+    for ours, theirs in zip((found, x.grad, a.grad, b.grad), (expected, *(one.grad for one in wide)), strict=True):
+        assert (ours - theirs).norm() < 2**-7 * theirs.norm()
+
+
+def test_on_a_base_in_bf16_it_gives_the_numbers_of_peft_within_the_rounding_of_bf16(
+    tiny_model_64, four_bit, half, monkeypatch
+):
+    base = half(torch.bfloat16, tiny_model_64, load_in_4bit=four_bit)
+    calls, apply = [], lora._Adapted.apply
+    monkeypatch.setattr(lora._Adapted, "apply", lambda *args: calls.append(1) or apply(*args))
+    found, got = trained(base, grouped_scores)
+    assert len(calls) == 2 * len(PROJECTIONS)
+    monkeypatch.setattr(lora, "_fits", lambda layer, x: False)
+    expected, wanted = trained(base, grouped_scores)
+    torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05)
+    # Either is up to 0.05 away from what fp32 gives with the same weights, through two layers and back.
+    ours, theirs = (torch.cat([one[name].flatten() for name in wanted]) for one in (got, wanted))
+    assert 0 < (ours - theirs).norm() < 0.1 * theirs.norm()
+    assert {gradient.dtype for gradient in got.values()} == {torch.float32}
+
+
+def test_a_small_step_of_an_adapter_on_bf16_is_kept_although_it_is_less_than_a_bf16_can_hold(tiny_model, half):
+    base = half(torch.bfloat16, tiny_model)
+    weight = base.named_parameters_of("reward")[0][1]
+    before = weight.detach().clone()
+    trained(base, grouped_scores)
+    optimizer = torch.optim.SGD([weight], lr=(1e-4 * before.abs().max() / weight.grad.abs().max()).item())
+    optimizer.step()
+    moved = (weight != before).float().mean()
+    assert moved > 0.9 and (weight.bfloat16() != before.bfloat16()).float().mean() < 0.1
+
+
+def test_on_a_base_in_fp16_adapters_go_through_peft_in_fp32_where_small_gradients_do_not_vanish(tiny_model, half):
+    base = half(torch.float16, tiny_model)
+    layer = next(module for module in base.lm.modules() if isinstance(module, lora.LoraLayer))
+    a, b = layer.lora_A["reward"].weight, layer.lora_B["reward"].weight
+    b.data.fill_(1e-4)  # as after few steps from 0
+    x = torch.ones(1, 32, dtype=torch.float16)
+    gradient = torch.full((1, b.shape[0]), 1e-6, dtype=torch.float16)
+    with base.acting_as("reward", training=True):
+        assert not lora._fits(layer, x)
+        layer(x).backward(gradient)
+    assert a.grad.abs().min() > 0
+    assert (gradient @ b.half()).abs().max() == 0  # what its products would be in fp16
 
 
 def test_what_is_no_plain_training_pass_goes_through_peft(tiny_model):

@@ -220,6 +220,19 @@ def test_a_policy_is_dropped_where_the_judge_shows_that_it_is_worse_or_compares_
     assert start.adapter == gated.stage_folder(kept) / ("adapter" if kept == "sft" else "policy")
 
 
+@pytest.mark.parametrize(
+    ("n", "said"),
+    [
+        (3, "30% to 70%; so few that no win rate would drop it: raise evaluate.judge_prompts_per_tag"),
+        (6, "; below 10% it would be dropped, which only a collapse would be: raise evaluate.judge_prompts_per_tag"),
+        (100, "30% to 70%; below 40% it would be dropped"),
+    ],
+)
+def test_the_gate_of_the_judge_says_what_so_many_comparisons_could_drop(gated, n, said):
+    evaluated(gated, [win("ppo", "sft", 0.5, 0.3, 0.7) | {"n": n}])
+    assert gate.decide(gated)["reason"].endswith(said)
+
+
 def test_the_next_round_is_sampled_from_the_old_policy_after_a_regression(gated, monkeypatch):
     evaluated(gated, [win("ppo", "sft", 0.1, 0.0, 0.3)])
     gate.decide(gated)

@@ -10,7 +10,8 @@ import tiny_runs
 from rlaif.model import sampling
 from rlaif.records import Prompt
 from rlaif.sections import Combination
-from rlaif.stages import evaluate
+from rlaif.stages import evaluate, rejection
+from rlaif.stages.independent import kept_out
 from rlaif.stages.reward_model import RewardModel
 from rlaif.stages.scorers import BESIDE, scorers_of
 
@@ -73,6 +74,17 @@ def test_a_cost_that_is_a_part_is_loaded_once_and_given_as_it_is(tmp_path, tiny_
         assert found["score"] == near([((-one - 0.5) / 4 - 5) / 7 for one in cost])
     else:
         assert found["independent_score"] == near([(-one - 0.25) / 3 for one in cost])
+
+
+def test_rejection_depends_on_the_member_that_it_does_without_where_ppo_follows(tmp_path, tiny_model):
+    parts = {"ppo": {"independent": [{"name": "kept", "member": 2}]}, "reward": {"num_heads": 2}}
+    stages = ["revise", "sft", "label", "reward", "rejection", "ppo"]
+    for changes, kept in (({}, []), (parts, [2])):
+        with tiny_runs.opened(tmp_path, tiny_model, **changes, stages=stages) as run:
+            assert ("kept_out" in rejection.inputs(run)) == bool(kept)
+            assert kept_out(run) == kept
+    with tiny_runs.opened(tmp_path, tiny_model, **parts, stages=stages[:-1]) as run:
+        assert kept_out(run) == []
 
 
 def test_what_is_measured_beside_the_score_is_an_input_only_where_it_is_measured(tmp_path, tiny_model):

@@ -64,6 +64,12 @@ def test_rows_come_back_to_their_places(monkeypatch):
     torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
 
 
+def test_a_process_without_a_row_of_few_gets_what_the_others_found(monkeypatch):
+    others = Others(monkeypatch, 1, 2)
+    others.theirs = torch.tensor([[1.0, 2.0]])
+    assert shares.whole(torch.zeros(0, 2), 1).tolist() == [[1.0, 2.0]]
+
+
 def test_a_function_is_given_its_own_rows_of_the_batch_and_of_lists(monkeypatch):
     others = Others(monkeypatch, 1, 2)
     batch = Batch(*(torch.arange(3).unsqueeze(1) for _ in range(5)))

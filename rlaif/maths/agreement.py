@@ -144,6 +144,19 @@ def wilson(count: float, n: int, confidence: float = CONFIDENCE) -> Rate:
     return Rate(n, count, rate, low, high)
 
 
+def shown_below(rate: float, n: int, confidence: float = CONFIDENCE) -> float:
+    """Return the share of n trials below which the whole of Wilson's interval lies below a rate; 0 or less: no share.
+
+    The interval is that of the score test: ``rate - z sqrt(rate (1 - rate) / n)``.
+
+    Args:
+        rate: between 0 and 1.
+        n: trials, at least 1.
+        confidence: between 0 and 1.
+    """
+    return rate - float(ndtri(0.5 + confidence / 2)) * math.sqrt(rate * (1 - rate) / n)
+
+
 def win_rate(wins: int, ties: int, n: int) -> Rate:
     """Return the share of n comparisons that were won, a tie counting half, with Wilson's interval.
 

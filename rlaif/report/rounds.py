@@ -6,7 +6,7 @@ from pathlib import Path
 from rlaif.recipe import FOLDERS
 from rlaif.report.labels import Part, Rate
 from rlaif.report.reading import Manifest, folder_of, newest_round, read_object
-from rlaif.report.wording import NONE, count, policy_name, rate
+from rlaif.report.wording import NONE, count, percent, policy_name, rate
 from rlaif.rounds import GATE, OPTIMIZERS, round_folder
 
 
@@ -31,12 +31,16 @@ class Gate(Part):
     difference: float | None = None
     low: float | None = None
     high: float | None = None
+    dropped_below: float | None = None
 
     @property
     def compared(self) -> str:
         """The figure with its interval, or why there is none."""
         if self.rate is not None:
-            return f"wins {rate(Rate(n=self.n, rate=self.rate, low=self.low, high=self.high))} of {self.n}"
+            wins = f"wins {rate(Rate(n=self.n, rate=self.rate, low=self.low, high=self.high))} of {self.n}"
+            if self.dropped_below is None:
+                return wins
+            return wins + (f"; dropped below {percent(self.dropped_below)}" if self.dropped_below > 0 else "; too few")
         if self.difference is None:
             return self.reason
         spread = "" if self.low is None or self.high is None else f"\u00a0[{self.low:+.2f},\u00a0{self.high:+.2f}]"

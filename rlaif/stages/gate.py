@@ -23,6 +23,7 @@ from rlaif.rounds import GATE, LABELS, OPTIMIZERS, Step, gates, round_folder
 from rlaif.stages.run import Run, path_sha256
 
 POLICY, KEPT = "policy", "kept"
+_COLLAPSE = 0.25  # a win rate against its own start that is far below what a policy made somewhat worse has
 
 
 class Policy(NamedTuple):
@@ -162,10 +163,14 @@ def _by_judge(run: Run, new: str, old: str) -> dict[str, Any]:
     found = {key: row[key] for key in ("n", "wins", "losses", "ties", "failed", "rate", "low", "high")}
     rule = "dropped where the whole 95 % interval of its win rate lies below 50 %"
     if row["rate"] is None:
-        reason = "the judge compared no pair of answers"
-    else:
-        reason = f"it wins {row['rate']:.0%} of {row['n']} comparisons, {row['low']:.0%} to {row['high']:.0%}"
-    return {"rule": rule, "reason": reason, **found, "passes": row["rate"] is not None and row["high"] >= 0.5}
+        return {"rule": rule, "reason": "the judge compared no pair of answers", **found, "passes": False}
+    limit = agreement.shown_below(0.5, row["n"])
+    reason = f"it wins {row['rate']:.0%} of {row['n']} comparisons, {row['low']:.0%} to {row['high']:.0%}; "
+    reason += f"below {limit:.0%} it would be dropped" if limit > 0 else "so few that no win rate would drop it"
+    if limit < _COLLAPSE:
+        collapse = ", which only a collapse would be" if limit > 0 else ""
+        reason += f"{collapse}: raise evaluate.judge_prompts_per_tag"
+    return {"rule": rule, "reason": reason, **found, "dropped_below": limit, "passes": row["high"] >= 0.5}
 
 
 def _by_score(run: Run, new: str, old: str) -> dict[str, Any]:

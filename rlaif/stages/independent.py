@@ -39,11 +39,16 @@ def independent_of(run: Run, base: SharedBase, model: RewardModel | None, stage:
     return Composite(run, base, model, stage, CompositeSection(rewards=list(parts))) if parts else None
 
 
+def kept_out(run: Run) -> list[int]:
+    """Return the members of the reward model that no stage optimizes; none where there is no `ppo` to watch."""
+    parts = run.recipe.ppo.independent if "ppo" in run.recipe.stages else []
+    return sorted({part.member for part in parts if part.member})
+
+
 def optimized(run: Run, model: RewardModel) -> RewardModel:
     """Return the reward model without the members that are kept for the independent score."""
-    kept_out = {part.member for part in run.recipe.ppo.independent if part.member}
-    numbers = range(1, len(model.scales) + 1)
-    return model.only(*(number for number in numbers if number not in kept_out)) if kept_out else model
+    kept, numbers = kept_out(run), range(1, len(model.scales) + 1)
+    return model.only(*(number for number in numbers if number not in kept)) if kept else model
 
 
 def independent_scores(

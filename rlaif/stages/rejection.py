@@ -31,6 +31,7 @@ from rlaif.records import Prompt, read_jsonl
 from rlaif.stages.actors import reward_model
 from rlaif.stages.cards import write_policy_card
 from rlaif.stages.gate import newest_policy, starting_policy
+from rlaif.stages.independent import kept_out, optimized
 from rlaif.stages.replay import replays
 from rlaif.stages.revise import question
 from rlaif.stages.reward_model import CALIBRATION, RewardModel
@@ -60,6 +61,7 @@ def inputs(run: Run) -> dict[str, str]:
         },
         prompts=run.prompts_hash(run.select("train", settings.prompts_per_tag)),
         reward_model=run.recipe.ppo.reward_model.model_dump(),
+        **({"kept_out": kept_out(run)} if kept_out(run) else {}),
         **({"replay": run.recipe.rounds.replay} if earlier else {}),
     )
 
@@ -147,7 +149,7 @@ def _write_responses(run: Run, path: Path) -> None:
     settings = run.recipe.rejection
     prompts = run.select("train", settings.prompts_per_tag)
     base = run.load_base()
-    model = reward_model(run, base, NAME)  # before anything is paid for: it may be too weak
+    model = optimized(run, reward_model(run, base, NAME))  # before anything is paid for: it may be too weak
     answers = _sample(run, base, prompts)
     each = [prompt for prompt in prompts for _ in range(settings.samples_per_prompt)]
     scores = _scores(run, base, model, each, answers)

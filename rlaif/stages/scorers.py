@@ -33,7 +33,7 @@ def scorers_of(run: Run, base: SharedBase) -> dict[str, Scorer]:
     has_ppo, settings = "ppo" in run.recipe.stages, run.recipe.ppo
     found: dict[str, Scorer] = {}
     whole = _reward_model(run, base)
-    model = optimized(run, whole) if whole and has_ppo else whole
+    model = optimized(run, whole) if whole else None
     composite = Composite(run, base, model, "evaluate") if has_ppo and settings.rewards else None
     if composite:
         found[SCORE] = _on_ppo_scale(run, composite)

@@ -115,8 +115,8 @@ def _meet() -> None:
 
 
 def own_rows(rows: int) -> Tensor:
-    """Return which of so many rows are this process's, ``[share]``."""
-    return torch.tensor(own(range(rows)))
+    """Return which of so many rows are this process's, ``[share]``; none where there are fewer than processes."""
+    return torch.tensor(own(range(rows)), dtype=torch.long)
 
 
 def own(items: Sequence[Item]) -> Sequence[Item]:
