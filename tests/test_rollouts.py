@@ -24,7 +24,7 @@ from rlaif.stages import ppo, rollouts
 from rlaif.stages import run as run_module
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_sync")
-functions, opened = tiny_ppo.functions, tiny_ppo.opened
+opened = tiny_ppo.opened
 DRAWING = Drawing(4, 0.7, [2], 300)
 SAMPLE = Sample([5, 6, 2], [-0.5, -1.5, -0.25], True)
 
@@ -317,6 +317,14 @@ def served(opened, folder, server, **settings):
 
 
 @pytest.fixture
+def functions(monkeypatch):
+    def letters(prompts, completions, **columns):
+        return [float(sum(map(ord, text))) for text in completions]
+
+    monkeypatch.setattr("rlaif.stages.judged_reward.find_function", lambda name, *_: letters)
+
+
+@pytest.fixture
 def small_seeds(monkeypatch):
     """Seeds that servers and the base take alike."""
     seed = run_module.Run.seed
@@ -366,6 +374,22 @@ def test_without_an_sft_adapter_the_reference_is_the_served_model_itself(opened,
     models = [asked.body["model"] for asked in server.asked if asked.path == "/v1/completions"]
     assert models.count(SERVED) == sum(1 for name in models if "policy" not in name) > 0
     assert all(row["rollout/mean_logprob_gap"] < 1e-5 for row in metrics(run))
+
+
+@pytest.mark.slow
+def test_the_weights_count_in_the_policy_s_loss(opened, functions, tiny_model):
+    """Half as probable for the server as here: each token counts 2, or the cap."""
+    vllm, norms = TinyVllm(tiny_model), []
+    settings = {"stages": ["ppo"], "advantage_estimator": "reinforce", "reward_function": "letters", "updates": 1}
+    with HostileServer(vllm) as server:
+        for folder, skew, cap in (("same", 0.0, 2.0), ("half", math.log(2), None), ("cut", math.log(2), 1.25)):
+            vllm.skew = skew
+            run = served(opened, folder, server, num_ppo_epochs=1, importance_cap=cap, **settings)
+            ppo.ppo(run)
+            norms.append(metrics(run)[0]["policy/gradient_norm"])
+    assert metrics(run)[0]["rollout/importance_weight"] == 1.25 and metrics(run)[0]["rollout/importance_cut"] == 1.0
+    assert norms == pytest.approx([norms[0], 2 * norms[0], 1.25 * norms[0]], rel=1e-4)
+    assert norms[0] > 0
 
 
 @pytest.mark.slow
