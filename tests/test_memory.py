@@ -160,6 +160,13 @@ def test_fewer_responses_sampled_at_a_time_need_less_for_keys_and_values():
     assert whole[0].cache == 2 * half[0].cache and whole[1:] == half[1:]
 
 
+def test_where_a_server_samples_ppo_has_no_phase_of_sampling_here():
+    here, there = (
+        phases("ppo", recipe(ppo={"sampling_engine": name}), Lengths(512), held()) for name in ("base", "fast")
+    )
+    assert [one.phase for one in here] == ["sampling", "scoring", "updating"] and there == here[1:]
+
+
 def test_a_reward_model_of_somebody_else_is_a_second_base():
     other = recipe(reward={"model": "y", "start_from": "base"})
     one = held(load_in_4bit=True)

@@ -24,7 +24,7 @@ from rlaif.stages import ppo, rollouts
 from rlaif.stages import run as run_module
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_sync")
-functions, opened = tiny_ppo.functions, tiny_ppo.opened
+opened = tiny_ppo.opened
 DRAWING = Drawing(4, 0.7, [2], 300)
 SAMPLE = Sample([5, 6, 2], [-0.5, -1.5, -0.25], True)
 
@@ -199,7 +199,7 @@ def test_a_token_counts_its_probability_here_over_that_under_the_sampler_up_to_t
     p, q = [0.5, 0.1, 0.9], [0.25, 0.4, 0.3]  # ratios 2, 1/4 and 3
     logs = [torch.tensor([[math.log(value) for value in row]], dtype=torch.float64) for row in (p, q)]
     assert truncated_weights(*logs, 2.5).tolist() == [pytest.approx([2.0, 0.25, 2.5])]
-    assert truncated_weights(*logs, None).tolist() == [pytest.approx([2.0, 0.25, 3.0])]
+    assert truncated_weights(*logs, math.inf).tolist() == [pytest.approx([2.0, 0.25, 3.0])]
 
 
 def test_a_token_that_only_the_policy_writes_counts_the_cap():
@@ -227,7 +227,7 @@ def test_with_its_weights_another_sampler_s_gradient_is_on_average_the_policy_s(
         for token, q in enumerate(sampler):
             leaf = torch.tensor(logits, dtype=torch.float64, requires_grad=True)
             logprob = torch.log_softmax(leaf, -1)[token].view(1, 1)
-            weight = truncated_weights(logprob, torch.tensor([[math.log(q)]], dtype=torch.float64), None)
+            weight = truncated_weights(logprob, torch.tensor([[math.log(q)]], dtype=torch.float64), math.inf)
             advantages = (weight if weigh else 1.0) * torch.full((1, 1), scores[token], dtype=torch.float64)
             mask, one = torch.ones(1, 1, dtype=torch.bool), Aggregation("constant", 1)
             loss = clipped_policy_loss(logprob, logprob.detach(), advantages, mask, 0.2, one).loss
@@ -257,7 +257,8 @@ def test_figures_of_the_gap_are_over_real_tokens():
         "rollout/importance_cut": 2 / 3,
     })  # fmt: skip
     assert found.weights[0].tolist() == [2.0, 1.0] and found.weights[1, 0] == 2.0
-    assert "rollout/importance_cut" not in compare(0.75, importance_cap=None).figures
+    off = compare(0.75, importance_cap=None)
+    assert off.weights == 1.0 and off.figures == pytest.approx(dict(list(found.figures.items())[:2]))
 
 
 def test_here_nothing_is_corrected_and_the_figures_are_as_before():
@@ -317,6 +318,14 @@ def served(opened, folder, server, **settings):
 
 
 @pytest.fixture
+def functions(monkeypatch):
+    def letters(prompts, completions, **columns):
+        return [float(sum(map(ord, text))) for text in completions]
+
+    monkeypatch.setattr("rlaif.stages.judged_reward.find_function", lambda name, *_: letters)
+
+
+@pytest.fixture
 def small_seeds(monkeypatch):
     """Seeds that servers and the base take alike."""
     seed = run_module.Run.seed
@@ -366,6 +375,22 @@ def test_without_an_sft_adapter_the_reference_is_the_served_model_itself(opened,
     models = [asked.body["model"] for asked in server.asked if asked.path == "/v1/completions"]
     assert models.count(SERVED) == sum(1 for name in models if "policy" not in name) > 0
     assert all(row["rollout/mean_logprob_gap"] < 1e-5 for row in metrics(run))
+
+
+@pytest.mark.slow
+def test_the_weights_count_in_the_policy_s_loss(opened, functions, tiny_model):
+    """Half as probable for the server as here: each token counts 2, or the cap."""
+    vllm, norms = TinyVllm(tiny_model), []
+    settings = {"stages": ["ppo"], "advantage_estimator": "reinforce", "reward_function": "letters", "updates": 1}
+    with HostileServer(vllm) as server:
+        for folder, skew, cap in (("same", 0.0, 2.0), ("half", math.log(2), 9.0), ("cut", math.log(2), 1.25)):
+            vllm.skew = skew
+            run = served(opened, folder, server, num_ppo_epochs=1, importance_cap=cap, **settings)
+            ppo.ppo(run)
+            norms.append(metrics(run)[0]["policy/gradient_norm"])
+    assert metrics(run)[0]["rollout/importance_weight"] == 1.25 and metrics(run)[0]["rollout/importance_cut"] == 1.0
+    assert norms == pytest.approx([norms[0], 2 * norms[0], 1.25 * norms[0]], rel=1e-4)
+    assert norms[0] > 0
 
 
 @pytest.mark.slow

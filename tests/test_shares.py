@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from rlaif import launch
 from rlaif.errors import ConfigError
-from rlaif.model.sampling import Batch
+from rlaif.model.sampling import Batch, Sample
 from rlaif.stages import processes, shares
 
 # --- without other processes -----------------------------------------------------------------------------------------
@@ -92,6 +92,16 @@ def test_the_first_process_alone_asks(monkeypatch):
     assert found[0] == 0.5
     assert found[1] != found[1]
     assert not launch.leads()
+
+
+def test_the_first_process_alone_has_somebody_sample_and_all_have_the_samples(monkeypatch):
+    samples = [Sample([5, 128000, 2], [-0.1, -2.5, 0.0], True), Sample([7], [-1e-7], False)]
+    first, others = Others(monkeypatch, 0, 2), []
+    assert shares.samples_of_first(lambda: samples, 2, 4) == samples
+    other = Others(monkeypatch, 1, 2)
+    other.theirs = first.given[0]
+    assert shares.samples_of_first(lambda: others.append("asked"), 2, 4) == samples
+    assert not others and not other.given[0].any()
 
 
 # --- two processes ---------------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ class TinyVllm:
 
     def __init__(self, model: Path, *, updating: bool = True, max_lora_rank: int = 16, raw: bool = False):
         self.model, self.updating, self.max_lora_rank, self.raw = model, updating, max_lora_rank, raw
+        self.skew = 0.0  # nats that its log-probabilities are too low
         self.adapters: dict[str, SharedBase] = {}
         self.loaded: list[str] = []  # all that ever were
         self.base = SharedBase.load(ModelSection(model_name_or_path=str(model)))
@@ -79,6 +80,7 @@ class TinyVllm:
                 batch = sampling.pack(base, [body["prompt"]], [one.ids])
                 logits = sampling.response_logits(base, batch, sampling.hidden_states(base, batch))
                 logprobs = sampling.token_logprobs(logits, batch.response_ids)[0].tolist()
+        logprobs = [value - self.skew for value in logprobs]
         return completion(one.ids, logprobs, "stop" if one.ended else "length")
 
 

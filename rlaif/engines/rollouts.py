@@ -45,8 +45,8 @@ class RolloutEngine(Asking):
     kept = "The newest checkpoint is kept"
 
     def hasty(self) -> "RolloutEngine":
-        """Return one that tries everything once."""
-        return RolloutEngine(self._name, self._endpoint.model_copy(update={"max_retries": 0}), self._say)
+        """Return one that tries everything once, and says nothing."""
+        return RolloutEngine(self._name, self._endpoint.model_copy(update={"max_retries": 0}), lambda line: None)
 
     def load(self, name: str, folder: Path) -> None:
         """Let every server read an adapter folder and offer it as a model of this name.

@@ -169,7 +169,7 @@ def mixture_weights(log_ratio: Tensor, share: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def truncated_weights(logprobs: Tensor, sampled: Tensor, cap: float | None) -> Tensor:
+def truncated_weights(logprobs: Tensor, sampled: Tensor, cap: float) -> Tensor:
     """Return what tokens count that another computation of the policy has sampled: ``min(p / q, cap)``.
 
     Without the cap the mean of ``weight * f(token)`` over tokens of q is that over tokens of p, the policy. The cap
@@ -180,13 +180,12 @@ def truncated_weights(logprobs: Tensor, sampled: Tensor, cap: float | None) -> T
     Args:
         logprobs: log p of the sampled tokens, `[B, T]`.
         sampled: log q of the same tokens, `[B, T]`.
-        cap: above 0; None: no cap.
+        cap: above 0; `math.inf` turns the truncation off.
 
     Returns:
         `[B, T]`.
     """
-    ratio = (logprobs - sampled).exp()
-    return ratio if cap is None else ratio.clamp(max=cap)
+    return (logprobs - sampled).exp().clamp(max=cap)
 
 
 def entropy(logits: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from rlaif.engines.rollouts import RolloutEngine
 from rlaif.errors import StageError
 from rlaif.maths.composition import Standard, standard_of
 from rlaif.model.drawn import laid_out, token_figures, token_states
@@ -41,6 +42,7 @@ class Actors:
     composite: Composite | None = None
     independent: Composite | None = None  # scores what the policy does not optimize
     constraint: Constraint | None = None
+    sampler: RolloutEngine | None = None  # samples in place of the roles here
     offset: float = 0.0
     scale: float = 1.0
     critic_offset: float = 0.0  # taken off what the critic's head says, to be in units of the reward model

@@ -63,7 +63,7 @@ def _ask(run: Run, actors: Actors, role: str, prompts: Sequence[Sequence[int]], 
     vocabulary = base.lm.get_input_embeddings().num_embeddings
     drawing = Drawing(settings.sampling.max_new_tokens, actors.temperature, base.tokenizer.eos_ids, vocabulary)
     name = settings.sampling_engine
-    engine = RolloutEngine(name, run.recipe.engines[name], run.progress.say)
+    engine = actors.sampler = actors.sampler or RolloutEngine(name, run.recipe.engines[name], run.progress.say)
     folder = run.stage_folder(STAGE) / SERVED
     for left in sorted(folder.glob("*")):
         _forget(engine, left)
@@ -148,10 +148,12 @@ def mismatch(actors: Actors, logprobs: Tensor, samples: Sequence[Sample], batch:
         _refuse_raw(actors, gap, sampled, batch, own)
     mean = masked_mean(gap, mask).item()
     _refuse_other_model(actors, mean)
+    figures["rollout/mean_logprob_gap"] = mean
+    if settings.importance_cap is None:
+        return Mismatch(1.0, figures)
     weights = truncated_weights(logprobs, sampled, settings.importance_cap)
-    figures |= {"rollout/mean_logprob_gap": mean, "rollout/importance_weight": masked_mean(weights, mask).item()}
-    if settings.importance_cap:
-        figures["rollout/importance_cut"] = masked_mean(weights >= settings.importance_cap, mask).item()
+    figures["rollout/importance_weight"] = masked_mean(weights, mask).item()
+    figures["rollout/importance_cut"] = masked_mean(weights >= settings.importance_cap, mask).item()
     return Mismatch(weights, figures)
 
 
