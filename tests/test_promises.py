@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -141,8 +142,6 @@ def result(folder: Path) -> Any:
 
 def killed() -> dict[str, int]:
     """Kill a run at the first, fourth, ... passing of each point until one comes through; return how many did not."""
-    import tempfile
-
     name_points()
     with tempfile.TemporaryDirectory(dir=kills.MEMORY) as name:
         play(Path(name))
@@ -183,30 +182,6 @@ def in_child(scenario: Callable[[], None], point: str, number: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def torn() -> int:
-    """Cut a commit short after each byte of each file that it writes."""
-    batch = [Unit("revise", f"q{number}", 0, "hash", {"text": "a" * 40}) for number in range(3)]
-    first = Unit("revise", "p", 0, "hash", {"text": "acknowledged"})
-
-    def prepare(folder: Path) -> None:
-        with Journal(folder / "journal.db") as journal:
-            journal.put([first])
-
-    def put(folder: Path) -> None:
-        with Journal(folder / "journal.db") as journal:
-            journal.put(batch)
-
-    def check(folder: Path) -> None:
-        with Journal(folder / "journal.db") as journal:
-            known = journal.known("revise")
-            assert known.pop(("p", 0, "hash")) == first
-            assert list(known.values()) in ([], batch)
-            journal.put(batch)
-            assert journal.count("revise") == 4
-
-    return kills.at_every_byte(prepare, put, check)
-
-
 if __name__ == "__main__":
     import torch
 
@@ -214,7 +189,7 @@ if __name__ == "__main__":
 
     torch.set_num_threads(1)
     os.fsync = lambda descriptor: None  # a kill loses nothing that was written, synced or not
-    print(json.dumps({"killed": killed, "torn": torn}[sys.argv[1]]()))
+    print(json.dumps(killed()))
 
 
 # --- in the process of the tests ------------------------------------------------------------------------------------
@@ -227,22 +202,12 @@ def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_sync: None) -> Make
     return lambda *args, **kwargs: make_run(tmp_path, monkeypatch, *args, **kwargs)
 
 
-def played(scenario: str) -> Any:
-    command = [sys.executable, __file__, scenario]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=550)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return json.loads(done.stdout)
-
-
 @pytest.mark.slow
 def test_a_run_killed_at_each_named_point_again_and_again_is_byte_for_byte_the_one_that_was_not() -> None:
-    deaths = played("killed")
+    done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, timeout=550)
+    assert done.returncode == 0, done.stdout + done.stderr
+    deaths = json.loads(done.stdout)
     assert [point for point, least in POINTS.items() if deaths[point] * EVERY < least] == [], deaths
-
-
-@pytest.mark.slow
-def test_a_commit_cut_short_after_any_byte_is_whole_or_absent() -> None:
-    assert played("torn") > 4096
 
 
 @pytest.mark.slow

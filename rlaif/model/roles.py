@@ -47,6 +47,8 @@ class SharedBase:
         self._peft: PeftModel | None = None
         self._trainable: dict[str, bool] = {BASE: False}
         self._has_adapter: dict[str, bool] = {BASE: False}
+        self._owned = self._owners()
+        self._switched = ""  # the role whose adapter is the active one
         self.acting: str | None = None
         self.turn = 0  # counts calls of `acting_as`
         self._trunk = getattr(self.lm, self.lm.base_model_prefix)
@@ -124,6 +126,7 @@ class SharedBase:
             what = source or "model.lora_target_modules"
             raise ModelError(f"{what}: the adapter does not fit this model: {problem}") from None
         lora.fuse(self.lm)
+        self._owned, self._switched = self._owners(), ""
         if not weights:
             return
         own = get_peft_model_state_dict(self._peft, adapter_name=role, save_embedding_layers=False)
@@ -131,6 +134,7 @@ class SharedBase:
         wrong = sorted(name for name in expected | found if expected.get(name) != found.get(name))
         if wrong:
             self._peft.delete_adapter(role)
+            self._owned = self._owners()
             self._restore()
             raise ModelError(
                 f"{source}: the adapter does not fit this model: {len(wrong)} tensors differ; {wrong[0]} has the shape "
@@ -197,7 +201,8 @@ class SharedBase:
             yield
         finally:
             self.acting = None
-            self.lm.eval()
+            if training:
+                self.lm.eval()
             self._restore()
 
     def _enable_checkpointing(self) -> None:
@@ -209,28 +214,33 @@ class SharedBase:
         return nullcontext(), Recomputation(self)
 
     def _switch(self, role: str) -> None:
-        if self._peft is not None:
+        if self._peft is not None and role != self._switched:
             if role == BASE:
                 self._peft.base_model.disable_adapter_layers()
             else:
                 self._peft.base_model.enable_adapter_layers()
                 self._peft.set_adapter(role)
+            self._switched = role
         self._restore()
 
     def _restore(self) -> None:
         """Set which parameters are trainable, whatever PEFT did to them in a switch."""
-        for name, parameter in self.lm.named_parameters():
-            owner = self._owner(name)
-            parameter.requires_grad_(self._trainable[owner] if owner else False)
+        for _, parameter, owner in self._owned:
+            parameter.requires_grad_(self._trainable[owner])
 
-    def _owner(self, parameter_name: str) -> str | None:
-        parts = parameter_name.split(".")
-        return next((parts[index + 1] for index, part in enumerate(parts) if part.startswith("lora_")), None)
+    def _owners(self) -> list[tuple[str, nn.Parameter, str]]:
+        """Return the model's parameters with their names and their roles."""
+        found = []
+        for name, parameter in self.lm.named_parameters():
+            parts = name.split(".")
+            owner = next((parts[index + 1] for index, part in enumerate(parts) if part.startswith("lora_")), BASE)
+            found.append((name, parameter, owner))
+        return found
 
     def named_parameters_of(self, role: str) -> list[tuple[str, nn.Parameter]]:
         """Return the adapter's and the head's parameters of one role, by name."""
-        own = [(name, p) for name, p in self.lm.named_parameters() if self._owner(name) == role]
-        return own + ([(f"heads.{role}.weight", self.heads[role].weight)] if role in self.heads else [])
+        own = [(name, parameter) for name, parameter, owner in self._owned if owner == role]
+        return own + (list(self.heads[role].named_parameters(f"heads.{role}")) if role in self.heads else [])
 
     def _guard(self, module: nn.Module, arguments: Any) -> None:
         if self.acting is None:
