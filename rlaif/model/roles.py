@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save
 from torch import Tensor, nn
 from transformers import Cache
@@ -47,8 +48,7 @@ class SharedBase:
         self._peft: PeftModel | None = None
         self._trainable: dict[str, bool] = {BASE: False}
         self._has_adapter: dict[str, bool] = {BASE: False}
-        self._owned = self._owners()
-        self._switched = ""  # the role whose adapter is the active one
+        self._look_over()
         self.acting: str | None = None
         self.turn = 0  # counts calls of `acting_as`
         self._trunk = getattr(self.lm, self.lm.base_model_prefix)
@@ -126,7 +126,7 @@ class SharedBase:
             what = source or "model.lora_target_modules"
             raise ModelError(f"{what}: the adapter does not fit this model: {problem}") from None
         lora.fuse(self.lm)
-        self._owned, self._switched = self._owners(), ""
+        self._look_over()
         if not weights:
             return
         own = get_peft_model_state_dict(self._peft, adapter_name=role, save_embedding_layers=False)
@@ -134,7 +134,7 @@ class SharedBase:
         wrong = sorted(name for name in expected | found if expected.get(name) != found.get(name))
         if wrong:
             self._peft.delete_adapter(role)
-            self._owned = self._owners()
+            self._look_over()
             self._restore()
             raise ModelError(
                 f"{source}: the adapter does not fit this model: {len(wrong)} tensors differ; {wrong[0]} has the shape "
@@ -214,28 +214,33 @@ class SharedBase:
         return nullcontext(), Recomputation(self)
 
     def _switch(self, role: str) -> None:
-        if self._peft is not None and role != self._switched:
+        if self._peft is not None and not self._is_active(role):
             if role == BASE:
                 self._peft.base_model.disable_adapter_layers()
             else:
                 self._peft.base_model.enable_adapter_layers()
                 self._peft.set_adapter(role)
-            self._switched = role
         self._restore()
+
+    def _is_active(self, role: str) -> bool:
+        """Whether each layer computes with this role's adapter already; PEFT's switches walk the whole model."""
+        if role == BASE:
+            return all(layer.disable_adapters for layer in self._adapted)
+        return all(layer.active_adapters == [role] and not layer.disable_adapters for layer in self._adapted)
 
     def _restore(self) -> None:
         """Set which parameters are trainable, whatever PEFT did to them in a switch."""
         for _, parameter, owner in self._owned:
             parameter.requires_grad_(self._trainable[owner])
 
-    def _owners(self) -> list[tuple[str, nn.Parameter, str]]:
-        """Return the model's parameters with their names and their roles."""
-        found = []
+    def _look_over(self) -> None:
+        """Find the model's adapted layers, and its parameters with their names and roles."""
+        self._adapted = [module for module in self.lm.modules() if isinstance(module, BaseTunerLayer)]
+        self._owned: list[tuple[str, nn.Parameter, str]] = []
         for name, parameter in self.lm.named_parameters():
             parts = name.split(".")
             owner = next((parts[index + 1] for index, part in enumerate(parts) if part.startswith("lora_")), BASE)
-            found.append((name, parameter, owner))
-        return found
+            self._owned.append((name, parameter, owner))
 
     def named_parameters_of(self, role: str) -> list[tuple[str, nn.Parameter]]:
         """Return the adapter's and the head's parameters of one role, by name."""
