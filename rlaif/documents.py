@@ -12,6 +12,7 @@ import types
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -122,9 +123,8 @@ def load_yaml(path: Path, error: type[RlaifError]) -> Document:
             an anchor, a tag, or a document that is not a mapping.
     """
     text = read_text(path, error, MAX_BYTES)
-    yaml = YAML(typ="safe", pure=True)
     try:
-        root = yaml.compose(text)
+        root, version = _composed(text)
     except MarkedYAMLError as problem:
         raise error(_syntax_problem(path, problem)) from None
     except ReaderError as problem:
@@ -135,10 +135,9 @@ def load_yaml(path: Path, error: type[RlaifError]) -> Document:
         raise error(f"{path}: values stand inside values too deep to read. Flatten the file.") from None
     except (YAMLError, ValueError, OverflowError) as problem:  # the last two: escapes out of range
         raise error(f"{path}: not readable as YAML: {problem}. Check escapes such as `\\U0001F600`.") from None
-    if yaml.resolver.processing_version not in (None, (1, 2)):
-        raise error(
-            Problem(str(path), 1, 1, "not-yaml", "a `%YAML` line asks for another version than 1.2. Remove it.")
-        )
+    if version not in (None, (1, 2)):
+        message = "a `%YAML` line asks for another version than 1.2. Remove it."
+        raise error(Problem(str(path), 1, 1, "not-yaml", message))
     if not isinstance(root, MappingNode):
         found = "nothing" if root is None else "a list" if isinstance(root, SequenceNode) else "a plain value"
         found = f"the file holds {found}; keys with values are expected (`name: ...`)."
@@ -146,6 +145,12 @@ def load_yaml(path: Path, error: type[RlaifError]) -> Document:
     document = Document(path, None)
     document.data = _plain(root, (), document, error, set())
     return document
+
+
+@lru_cache(maxsize=8)  # the parser is slow, and one command may read a file several times
+def _composed(text: str) -> tuple[Node | None, tuple[int, int] | None]:
+    yaml = YAML(typ="safe", pure=True)
+    return yaml.compose(text), yaml.resolver.processing_version
 
 
 def read_text(path: Path, error: type[RlaifError], max_bytes: int | None = None) -> str:
@@ -224,8 +229,7 @@ def explain(model: type[BaseModel], keys: Sequence[Key], item: Any) -> str:
         return f"{dotted}: unknown key; {hint if known else 'remove it.'}"
     if item["type"] == "missing":
         return f"{dotted}: this key is missing. Add it."
-    message = item["msg"].removeprefix("Value error, ")
-    found = item.get("input")
+    message, found = item["msg"].removeprefix("Value error, "), item.get("input")
     shown = f"{found!r:.80}" if isinstance(found, str | int | float | bool | list) else ""
     if found is None:
         shown = "nothing"
@@ -250,8 +254,7 @@ def real_keys(data: Any, item: Any) -> tuple[Key, ...]:
 
 def _field_names(model: type[BaseModel], keys: Sequence[Key]) -> list[str]:
     """Return the keys that the (nested) model at a key path knows; none where there is no such model."""
-    current = model
-    named = False  # whether the next key is a name that the user chose, as those of `engines`
+    current, named = model, False  # whether the next key is a name that the user chose, as those of `engines`
     for key in keys:
         if named or isinstance(key, int):
             named = False
@@ -269,10 +272,7 @@ def _nested_model(annotation: Any) -> type[BaseModel] | None:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is not None:
-        for part in typing.get_args(annotation):
-            nested = _nested_model(part)
-            if nested is not None:
-                return nested
+        return next(filter(None, map(_nested_model, typing.get_args(annotation))), None)
     return None
 
 

@@ -95,8 +95,8 @@ def at_every_step(prepare, scenario, check, stride=1):
     return _every(itertools.count(1, stride), _die_at_step, signal.SIGKILL, prepare, scenario, check)
 
 
-def at_every_byte(prepare, scenario, check, start=0, stride=1):
-    return _every(itertools.count(start, stride), _die_at_byte, signal.SIGXFSZ, prepare, scenario, check)
+def at_bytes(numbers, prepare, scenario, check):
+    return _every(numbers, _die_at_byte, signal.SIGXFSZ, prepare, scenario, check)
 
 
 def in_own_process(module, name, seconds=120):

@@ -1,5 +1,6 @@
 """Model cards: what they say, that they say nothing of where and when, and that their code works as it stands."""
 
+import json
 import re
 import subprocess
 import sys
@@ -28,7 +29,7 @@ TURNS = [
 def train(folder, policy, **settings):
     folder.mkdir(exist_ok=True)
     four_bit = settings.pop("four_bit", False)
-    sections = {"reward": {"start_from": "base", "max_steps": 3, "learning_rate": 1e-2, **settings}}
+    sections = {"reward": {"start_from": "base", "max_steps": 2, "learning_rate": 1e-2, **settings}}
     with tiny_runs.opened(folder, policy, **sections, model={"load_in_4bit": four_bit}) as run:
         files.write_jsonl(run.stage_folder("label") / "comparisons.jsonl", ROWS)
         reward.reward(run)
@@ -74,20 +75,36 @@ def snippet_of(card):
     return re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
 
 
-def run_snippet(folder):
-    code = snippet_of((folder / "README.md").read_text()) + "import sys\nassert 'rlaif' not in sys.modules\n"
-    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=folder)
+PLAYER = """
+import contextlib, io, json, os, sys
+shown = []
+for folder, code in zip(sys.argv[1::2], sys.argv[2::2]):
+    os.chdir(folder)
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        exec(code, {})
+    shown.append(out.getvalue())
+assert "rlaif" not in sys.modules
+print(json.dumps(shown))
+"""
+
+
+def run_snippets(*folders):
+    """Run the code of each folder's card in a fresh process; return what each printed."""
+    words = [word for folder in folders for word in (folder, snippet_of((folder / "README.md").read_text()))]
+    child = subprocess.run([sys.executable, "-c", PLAYER, *words], capture_output=True, text=True)
     assert child.returncode == 0, child.stderr
-    return child.stdout
+    return json.loads(child.stdout.splitlines()[-1])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("heads", "four_bit"), [(1, False), (3, False), (1, True), (2, True)])
-def test_the_code_on_a_reward_card_gives_our_score(tmp_path, tiny_model_64, heads, four_bit):
-    stage = train(tmp_path / "run", tiny_model_64, num_heads=heads, four_bit=four_bit)
-    scorer = Scorer.load(stage)
-    ours = scorer.score([encode_group(scorer.model, TURNS[:1], [TURNS[1:]])])[0][0].score
-    assert float(run_snippet(stage / "adapter")) == pytest.approx(ours, abs=1e-4)
+def test_the_code_on_a_reward_card_gives_our_score(tmp_path, tiny_model_64):
+    ours, folders = [], []
+    for heads, four_bit in ((1, False), (3, False), (1, True), (2, True)):
+        stage = train(tmp_path / f"{heads}-{four_bit}", tiny_model_64, num_heads=heads, four_bit=four_bit)
+        scorer = Scorer.load(stage)
+        ours.append(scorer.score([encode_group(scorer.model, TURNS[:1], [TURNS[1:]])])[0][0].score)
+        folders.append(stage / "adapter")
+    assert [float(shown) for shown in run_snippets(*folders)] == pytest.approx(ours, abs=1e-4)
 
 
 @pytest.mark.slow
@@ -96,7 +113,7 @@ def test_the_code_on_the_card_for_somebody_elses_reward_model_gives_our_score(tm
     stage = train(tmp_path / "run", tiny_model, model=str(foreign))
     scorer = Scorer.load(tmp_path / "run")
     ours = scorer.score([encode_group(scorer.model, TURNS[:1], [TURNS[1:]])])[0][0].score
-    assert float(run_snippet(stage / "adapter")) == pytest.approx(ours, abs=1e-4)
+    assert float(run_snippets(stage / "adapter")[0]) == pytest.approx(ours, abs=1e-4)
 
 
 @pytest.mark.slow
@@ -109,4 +126,4 @@ def test_the_code_on_a_policy_card_writes_an_answer(tmp_path, tiny_model):
     front, text = front_and_text((tmp_path / "policy" / "README.md").read_text())
     assert front["pipeline_tag"] == "text-generation"
     assert "- Made up." in text
-    assert run_snippet(tmp_path / "policy").endswith("\n")
+    assert run_snippets(tmp_path / "policy")[0].endswith("\n")

@@ -164,7 +164,7 @@ def out_of_space(recipe, folder):
                 assert re.search("space|disk", message), message
                 assert message.count("\n") == 1, message
                 places.append(place_of(Path(folder)))
-            size *= 2
+            size *= 4
     return places
 
 

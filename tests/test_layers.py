@@ -217,17 +217,6 @@ def test_modules_that_need_no_model_load_without_torch() -> None:
     assert (done.stdout, done.stderr) == ("[]\n", "")
 
 
-@pytest.mark.parametrize(
-    "words",
-    [["--help"], ["constitution", "check", "harmless"]],
-    ids=" ".join,
-)
-def test_a_command_that_needs_no_model_loads_no_torch(words: list[str]) -> None:
-    code = f"import sys\nsys.argv = ['rlaif', *{words}]\nfrom rlaif.cli import main\ntry:\n    main()\nfinally:\n"
-    done = run_python(code + f"    print('loaded', sorted(sys.modules.keys() & {LEARNING}))")
-    assert done.stdout.splitlines()[-1] == "loaded []", done.stderr
-
-
 def test_the_command_line_imports_only_errors_until_a_command_runs() -> None:
     def names(module: str) -> set[str]:
         found = {name for node in at_import(PACKAGE / f"{module}.py") for name in imported(node)}

@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -81,10 +82,12 @@ class Counting(ScriptedEngine):
 # --- killed at named points (in a process of its own) ---------------------------------------------------------------
 
 _armed = ["", 0]  # the point at which this process is to die, and how many times it is still to pass there
+_passed: Counter[str] = Counter()
 
 
 def moment(name: str) -> None:
     """A point at which a child may be told to kill itself."""
+    _passed[name] += 1
     if name == _armed[0]:
         _armed[1] -= 1
         if _armed[1] == 0:
@@ -105,7 +108,6 @@ def pointed(owner: Any, name: str, before: str = "", after: str = "") -> None:
     setattr(owner, name, call)
 
 
-EVERY = 3  # all passings take several minutes
 POINTS = {  # how often a run passes each at least
     "before send": 12,
     "after answer, before commit": 12,
@@ -140,32 +142,25 @@ def result(folder: Path) -> Any:
 
 
 def killed() -> dict[str, int]:
-    """Kill a run at the first, fourth, ... passing of each point until one comes through; return how many did not."""
-    import tempfile
-
+    """Kill a run at the first, the middle and the last passing of each point; return how often one passes each."""
     name_points()
     with tempfile.TemporaryDirectory(dir=kills.MEMORY) as name:
         play(Path(name))
         expected, questions = result(Path(name)), Counter((Path(name) / "asked").read_text().split())
     assert set(questions.values()) == {1}
-    deaths = dict.fromkeys(POINTS, 0)
+    passings = dict(_passed)
     for point in POINTS:
-        for number in range(1, 1000, EVERY):
+        for number in sorted({1, (passings[point] + 1) // 2, passings[point]}):
             with tempfile.TemporaryDirectory(dir=kills.MEMORY) as name:
                 folder = Path(name)
-                code = in_child(lambda folder=folder: play(folder), point, number)
-                assert code in (0, -9), (point, number, code)
-                if code:
-                    assert in_child(lambda folder=folder: play(folder), "", 0) == 0, (point, number)
+                assert in_child(lambda folder=folder: play(folder), point, number) == -9, (point, number)
+                assert in_child(lambda folder=folder: play(folder), "", 0) == 0, (point, number)
                 assert repr(result(folder)) == repr(expected), (point, number)
                 asked = Counter((folder / "asked").read_text().split())
                 again = asked - questions
                 assert asked.keys() == questions.keys() and sum(again.values()) <= 2, (point, number, again)
                 assert not again or point in ("before send", "after answer, before commit")
-            if code == 0:
-                break
-            deaths[point] += 1
-    return deaths
+    return passings
 
 
 def in_child(scenario: Callable[[], None], point: str, number: int) -> int:
@@ -183,30 +178,6 @@ def in_child(scenario: Callable[[], None], point: str, number: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def torn() -> int:
-    """Cut a commit short after each byte of each file that it writes."""
-    batch = [Unit("revise", f"q{number}", 0, "hash", {"text": "a" * 40}) for number in range(3)]
-    first = Unit("revise", "p", 0, "hash", {"text": "acknowledged"})
-
-    def prepare(folder: Path) -> None:
-        with Journal(folder / "journal.db") as journal:
-            journal.put([first])
-
-    def put(folder: Path) -> None:
-        with Journal(folder / "journal.db") as journal:
-            journal.put(batch)
-
-    def check(folder: Path) -> None:
-        with Journal(folder / "journal.db") as journal:
-            known = journal.known("revise")
-            assert known.pop(("p", 0, "hash")) == first
-            assert list(known.values()) in ([], batch)
-            journal.put(batch)
-            assert journal.count("revise") == 4
-
-    return kills.at_every_byte(prepare, put, check)
-
-
 if __name__ == "__main__":
     import torch
 
@@ -214,7 +185,7 @@ if __name__ == "__main__":
 
     torch.set_num_threads(1)
     os.fsync = lambda descriptor: None  # a kill loses nothing that was written, synced or not
-    print(json.dumps({"killed": killed, "torn": torn}[sys.argv[1]]()))
+    print(json.dumps(killed()))
 
 
 # --- in the process of the tests ------------------------------------------------------------------------------------
@@ -227,22 +198,12 @@ def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_sync: None) -> Make
     return lambda *args, **kwargs: make_run(tmp_path, monkeypatch, *args, **kwargs)
 
 
-def played(scenario: str) -> Any:
-    command = [sys.executable, __file__, scenario]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=550)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return json.loads(done.stdout)
-
-
 @pytest.mark.slow
 def test_a_run_killed_at_each_named_point_again_and_again_is_byte_for_byte_the_one_that_was_not() -> None:
-    deaths = played("killed")
-    assert [point for point, least in POINTS.items() if deaths[point] * EVERY < least] == [], deaths
-
-
-@pytest.mark.slow
-def test_a_commit_cut_short_after_any_byte_is_whole_or_absent() -> None:
-    assert played("torn") > 4096
+    done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, timeout=550)
+    assert done.returncode == 0, done.stdout + done.stderr
+    passings = json.loads(done.stdout)
+    assert [point for point, least in POINTS.items() if passings[point] < least] == [], passings
 
 
 @pytest.mark.slow
@@ -274,9 +235,6 @@ CHANGES: dict[str, tuple[dict[str, Any], str, str]] = {
 }
 
 
-FEW = [("a principle", None), ("the model", 4)]  # in the fast tier; each is three runs
-
-
 def whole(folder: Path, monkeypatch: pytest.MonkeyPatch, *, crash_at: int | None = None, **changes: Any) -> list[str]:
     """Run the recipe in a folder of its own, or up to a crash; return what was said."""
     folder.mkdir(exist_ok=True)
@@ -291,13 +249,9 @@ def whole(folder: Path, monkeypatch: pytest.MonkeyPatch, *, crash_at: int | None
     return said.lines
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "crash_at"),
-    [
-        pytest.param(name, crash_at, marks=[] if (name, crash_at) in FEW else pytest.mark.slow)
-        for name in CHANGES
-        for crash_at in (None, 4)
-    ],
+    ("name", "crash_at"), [*((name, None) for name in CHANGES), ("a principle", 4), ("the model", 4)]
 )
 def test_a_run_continued_under_another_recipe_is_the_one_begun_under_it(
     name: str, crash_at: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_sync: None
@@ -444,7 +398,6 @@ def test_seeds_sides_and_principles_do_not_depend_on_the_order_of_prompts(
 
 
 SEEDING = """
-import sys; sys.path.insert(0, sys.argv[1])
 from pathlib import Path
 import pytest
 from scripted import make_run
@@ -460,15 +413,13 @@ with pytest.MonkeyPatch.context() as patch:
 
 
 @pytest.mark.slow
-def test_another_process_draws_the_same_seeds_and_sides() -> None:
-    shown = set()
-    for value in ("1", "2"):
-        command = [sys.executable, "-c", SEEDING, str(Path(__file__).parent)]
-        environment = {**os.environ, "PYTHONHASHSEED": value}
-        done = subprocess.run(command, capture_output=True, text=True, env=environment)
-        assert done.returncode == 0, done.stderr
-        shown.add(done.stdout)
-    assert len(shown) == 1 and "one" in shown.pop()
+def test_another_process_draws_the_same_seeds_and_sides(capsys: pytest.CaptureFixture[str]) -> None:
+    exec(SEEDING, {})
+    ours = capsys.readouterr().out
+    environment = {**os.environ, "PYTHONHASHSEED": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", SEEDING], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ours and "one" in ours
 
 
 def test_either_side_comes_first_about_as_often(make: Maker) -> None:

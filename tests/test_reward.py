@@ -73,7 +73,7 @@ def test_every_parameter_of_the_reward_role_moves_and_nothing_else(opened, tiny_
     started = dict(fresh.named_parameters_of("reward"))
     assert [name for name in started if torch.equal(trained[name], started[name])] == []
     assert {p.dtype for p in trained.values()} == {torch.float32}
-    assert len(started) == 2 * 2 * 7 + 1  # A and B of seven projections in two layers, and the head
+    assert len(started) == 2 * 2 * 2 + 1  # A and B of seven projections in two layers, and the head
 
 
 def test_the_loss_falls_and_better_answers_win_on_prompts_never_trained_on(opened):

@@ -164,6 +164,26 @@ def test_frozen_roles_stay_frozen_and_trainable_ones_trainable(tiny_model, switc
     assert {name.removesuffix(".weight") for name in trainable_names(base)} == expected
 
 
+@pytest.mark.parametrize("role", ["policy", BASE])
+def test_a_role_computes_the_same_after_peft_has_switched_behind_its_back(tiny_model, role):
+    base = load(tiny_model)
+    add_stirred(base, "policy", 1, trainable=True)
+    add_stirred(base, "reference", 2)
+
+    def loss():
+        with base.acting_as(role), torch.no_grad():
+            return policy_loss(base).item()
+
+    expected = loss()
+    for switch in (
+        lambda: base.peft.set_adapter("reference"),
+        lambda: base.peft.base_model.disable_adapter_layers(),
+        lambda: base.peft.base_model.enable_adapter_layers(),
+    ):
+        switch()
+        assert loss() == expected
+
+
 def test_a_frozen_role_gets_no_gradient_while_it_acts(base):
     add_stirred(base, "policy", 1, trainable=True)
     add_stirred(base, "reference", 2)

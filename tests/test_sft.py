@@ -92,7 +92,7 @@ def test_every_parameter_of_the_policy_moves_and_nothing_else(opened, tiny_model
     assert trained.keys() == started.keys()
     assert {p.dtype for p in trained.values()} == {torch.float32}
     assert [name for name in trained if torch.equal(trained[name], started[name])] == []
-    assert len(started) == 2 * 2 * 7  # A and B of seven projections in two layers
+    assert len(started) == 2 * 2 * 2  # A and B of two projections in two layers
 
 
 def test_the_loss_falls_on_trained_and_held_out_answers_and_each_step_has_its_row(opened):

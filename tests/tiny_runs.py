@@ -27,7 +27,7 @@ tests:
 TINY = {
     "name": "tiny",
     "constitution": "tiny-constitution",
-    "model": {"lora_r": 4},
+    "model": {"lora_r": 4, "lora_target_modules": ["o_proj", "up_proj"]},  # two of seven: PEFT takes its time for each
     "seed": 3,
     "revise": {
         "filters": [],
@@ -102,15 +102,24 @@ def finished(folder):
 
 def save_random_role(run, role, folder, *, seed, head=False, size=0.05):
     """Write an adapter of random weights (and a random head) as the stage that owns `folder` would."""
-    import torch
+    key = (run.recipe.model.model_dump_json(), role, seed, head, size)
+    if key not in _SAVED:
+        import torch
 
-    base = run.load_base()
-    base.add_role(role, head=head)
-    generator = torch.Generator().manual_seed(seed)
-    for _, parameter in base.named_parameters_of(role):
-        parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * size)
-    base.save_role(role, folder)
+        base = run.load_base()
+        base.add_role(role, head=head)
+        generator = torch.Generator().manual_seed(seed)
+        for _, parameter in base.named_parameters_of(role):
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * size)
+        base.save_role(role, folder)
+        _SAVED[key] = contents(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, data in _SAVED[key].items():
+        (folder / name).write_bytes(data)
     finished(folder.parent)
+
+
+_SAVED = {}  # the files of each adapter that was made up, by what determines them
 
 
 def with_sft(run):

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save
 from torch import Tensor, nn
 from transformers import Cache
@@ -47,6 +48,7 @@ class SharedBase:
         self._peft: PeftModel | None = None
         self._trainable: dict[str, bool] = {BASE: False}
         self._has_adapter: dict[str, bool] = {BASE: False}
+        self._look_over()
         self.acting: str | None = None
         self.turn = 0  # counts calls of `acting_as`
         self._trunk = getattr(self.lm, self.lm.base_model_prefix)
@@ -124,6 +126,7 @@ class SharedBase:
             what = source or "model.lora_target_modules"
             raise ModelError(f"{what}: the adapter does not fit this model: {problem}") from None
         lora.fuse(self.lm)
+        self._look_over()
         if not weights:
             return
         own = get_peft_model_state_dict(self._peft, adapter_name=role, save_embedding_layers=False)
@@ -131,6 +134,7 @@ class SharedBase:
         wrong = sorted(name for name in expected | found if expected.get(name) != found.get(name))
         if wrong:
             self._peft.delete_adapter(role)
+            self._look_over()
             self._restore()
             raise ModelError(
                 f"{source}: the adapter does not fit this model: {len(wrong)} tensors differ; {wrong[0]} has the shape "
@@ -197,7 +201,8 @@ class SharedBase:
             yield
         finally:
             self.acting = None
-            self.lm.eval()
+            if training:
+                self.lm.eval()
             self._restore()
 
     def _enable_checkpointing(self) -> None:
@@ -209,7 +214,7 @@ class SharedBase:
         return nullcontext(), Recomputation(self)
 
     def _switch(self, role: str) -> None:
-        if self._peft is not None:
+        if self._peft is not None and not self._is_active(role):
             if role == BASE:
                 self._peft.base_model.disable_adapter_layers()
             else:
@@ -217,20 +222,30 @@ class SharedBase:
                 self._peft.set_adapter(role)
         self._restore()
 
+    def _is_active(self, role: str) -> bool:
+        """Whether each layer computes with this role's adapter already; PEFT's switches walk the whole model."""
+        if role == BASE:
+            return all(layer.disable_adapters for layer in self._adapted)
+        return all(layer.active_adapters == [role] and not layer.disable_adapters for layer in self._adapted)
+
     def _restore(self) -> None:
         """Set which parameters are trainable, whatever PEFT did to them in a switch."""
-        for name, parameter in self.lm.named_parameters():
-            owner = self._owner(name)
-            parameter.requires_grad_(self._trainable[owner] if owner else False)
+        for _, parameter, owner in self._owned:
+            parameter.requires_grad_(self._trainable[owner])
 
-    def _owner(self, parameter_name: str) -> str | None:
-        parts = parameter_name.split(".")
-        return next((parts[index + 1] for index, part in enumerate(parts) if part.startswith("lora_")), None)
+    def _look_over(self) -> None:
+        """Find the model's adapted layers, and its parameters with their names and roles."""
+        self._adapted = [module for module in self.lm.modules() if isinstance(module, BaseTunerLayer)]
+        self._owned: list[tuple[str, nn.Parameter, str]] = []
+        for name, parameter in self.lm.named_parameters():
+            parts = name.split(".")
+            owner = next((parts[index + 1] for index, part in enumerate(parts) if part.startswith("lora_")), BASE)
+            self._owned.append((name, parameter, owner))
 
     def named_parameters_of(self, role: str) -> list[tuple[str, nn.Parameter]]:
         """Return the adapter's and the head's parameters of one role, by name."""
-        own = [(name, p) for name, p in self.lm.named_parameters() if self._owner(name) == role]
-        return own + ([(f"heads.{role}.weight", self.heads[role].weight)] if role in self.heads else [])
+        own = [(name, parameter) for name, parameter, owner in self._owned if owner == role]
+        return own + (list(self.heads[role].named_parameters(f"heads.{role}")) if role in self.heads else [])
 
     def _guard(self, module: nn.Module, arguments: Any) -> None:
         if self.acting is None:
