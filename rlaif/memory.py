@@ -35,7 +35,7 @@ OPTIMIZER = 12  # gradient and AdamW's two moments, per trained number
 PROCESS_CPU, PROCESS_CUDA, SLACK_CUDA = 0.7 * GIB, 0.8 * GIB, 0.1
 
 PASS_TOKENS = 64  # of prompts that come into one pass, for each row in work (`model.slots.TOKENS_PER_SLOT`)
-EVALUATE_ROWS = 8  # scored in a pass (`stages.evaluate._MICROBATCH`)
+EVALUATE_ROWS = 8  # scored in a pass (`stages.scorers.MICROBATCH`)
 
 
 class Peak(NamedTuple):
@@ -213,7 +213,8 @@ _POLICIES = {"sft", "ppo", "dpo", "rejection"}  # stages that write a policy
 def scorers_of(recipe: Recipe, stage: str = "ppo") -> int:
     """Return how many adapters score responses in a stage after `reward`."""
     settings = recipe.ppo
-    cost = bool(settings.costs) if stage == "ppo" else any(part.cost for part in settings.rewards)
+    trained = stage == "evaluate" and "reward" in recipe.stages and recipe.reward.cost
+    cost = bool(settings.costs) or trained
     if stage == "rejection":
         return recipe.reward.num_adapters
     parts = [part.source for part in (*settings.rewards, *settings.independent)]

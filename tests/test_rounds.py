@@ -224,8 +224,8 @@ def test_a_policy_is_dropped_where_the_judge_shows_that_it_is_worse_or_compares_
     ("n", "said"),
     [
         (3, "30% to 70%; so few that no win rate would drop it: raise evaluate.judge_prompts_per_tag"),
-        (6, "; below 10% it would be dropped, which only a collapse would be: raise evaluate.judge_prompts_per_tag"),
-        (100, "30% to 70%; below 40% it would be dropped"),
+        (6, "; below 10% a policy is dropped, which takes a collapse: raise evaluate.judge_prompts_per_tag"),
+        (100, "30% to 70%; below 40% a policy is dropped"),
     ],
 )
 def test_the_gate_of_the_judge_says_what_so_many_comparisons_could_drop(gated, n, said):

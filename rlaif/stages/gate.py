@@ -166,9 +166,9 @@ def _by_judge(run: Run, new: str, old: str) -> dict[str, Any]:
         return {"rule": rule, "reason": "the judge compared no pair of answers", **found, "passes": False}
     limit = agreement.shown_below(0.5, row["n"])
     reason = f"it wins {row['rate']:.0%} of {row['n']} comparisons, {row['low']:.0%} to {row['high']:.0%}; "
-    reason += f"below {limit:.0%} it would be dropped" if limit > 0 else "so few that no win rate would drop it"
+    reason += f"below {limit:.0%} a policy is dropped" if limit > 0 else "so few that no win rate would drop it"
     if limit < _COLLAPSE:
-        collapse = ", which only a collapse would be" if limit > 0 else ""
+        collapse = ", which takes a collapse" if limit > 0 else ""
         reason += f"{collapse}: raise evaluate.judge_prompts_per_tag"
     return {"rule": rule, "reason": reason, **found, "dropped_below": limit, "passes": row["high"] >= 0.5}
 
