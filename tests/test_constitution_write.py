@@ -61,7 +61,7 @@ def test_any_text_reads_back_as_it_was(tmp_path: Path, text: str):
     assert load(path) == one(text)
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.text(st.sampled_from("ab :#-'\"\n[]{},&*!|>%@`?.0\\ \u00e9~"), min_size=1, max_size=160))
 def test_any_mixture_of_marks_reads_back_as_it_was(tmp_path: Path, text: str):
     if not text.strip() or text.strip() == "other":

@@ -414,14 +414,8 @@ def test_a_run_cut_off_after_its_last_update_only_writes_its_files(opened, monke
     assert results(resumed) == results(whole)
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [
-        "counters gone",
-        pytest.param("state cut short", marks=pytest.mark.slow),
-        pytest.param("marker gone", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", ["counters gone", "state cut short", "marker gone"])
 def test_a_checkpoint_that_was_cut_short_is_passed_over_for_the_one_before(opened, damage, monkeypatch):
     whole = opened("whole")
     ppo.ppo(whole)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import jinja2
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from jinja2.sandbox import SecurityError
 
@@ -125,6 +125,7 @@ def test_every_shipped_template_has_a_golden_file_and_is_named_by_its_verb() -> 
 
 
 @pytest.mark.parametrize("name", SHIPPED)
+@settings(max_examples=40)
 @given(parts=st.lists(AWKWARD.map("".join), min_size=5, max_size=5))
 def test_a_value_appears_unchanged_whatever_it_holds(name: str, parts: list[str]) -> None:
     template = TEMPLATES[name]

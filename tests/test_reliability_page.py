@@ -1,6 +1,7 @@
 """The page on reliability and security against the tests that it names."""
 
 import ast
+import functools
 import re
 from pathlib import Path
 
@@ -18,6 +19,7 @@ def rows(heading: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines][1:]
 
 
+@functools.cache
 def named_in(path: Path) -> dict[str, bool]:
     """Return the tests of a file, each with whether it is marked slow."""
     tree = ast.parse(path.read_text(encoding="utf-8"))

@@ -53,7 +53,7 @@ def evaluation(run):
 # --- training --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("four_bit", [False, True])
+@pytest.mark.parametrize("four_bit", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_every_parameter_of_the_reward_role_moves_and_nothing_else(opened, tiny_model_64, four_bit, monkeypatch):
     run = opened(model=tiny_model_64, four_bit=four_bit, max_steps=3)  # the first step moves no A, since B is zero
     kept, load_base = {}, Run.load_base
@@ -140,7 +140,8 @@ def test_offset_and_scale_are_mean_and_deviation_of_the_held_out_scores(opened):
 # --- resuming and reloading ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("four_bit", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("four_bit", [False, True])
 def test_training_cut_off_and_resumed_equals_training_that_was_not_to_the_bit(
     opened, tiny_model_64, four_bit, monkeypatch
 ):

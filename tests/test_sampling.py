@@ -310,7 +310,7 @@ def nucleus(probabilities, top_p):
     return chosen
 
 
-@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.5, 1.0), (1.5, 1.0), (1.0, 0.6), (0.7, 0.9)])
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.5, 1.0), (1.0, 0.6), (1.5, 0.9)])
 def test_tokens_are_drawn_as_often_as_their_probabilities_say(tiny_model, temperature, top_p):
     base = load(tiny_model)
     draws = 3000

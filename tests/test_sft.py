@@ -77,7 +77,7 @@ def test_only_the_tokens_of_the_answer_and_the_end_of_the_turn_are_learned(opene
     assert encoded["input_ids"][-1] == base.tokenizer.end_of_turn
 
 
-@pytest.mark.parametrize("four_bit", [False, True])
+@pytest.mark.parametrize("four_bit", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_every_parameter_of_the_policy_moves_and_nothing_else(opened, tiny_model_64, four_bit, monkeypatch):
     run = opened(model=tiny_model_64, four_bit=four_bit, max_steps=2)
     kept = watch_base(monkeypatch)
