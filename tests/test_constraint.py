@@ -256,7 +256,8 @@ def test_against_a_known_cost_the_policy_ends_at_the_limit_that_plain_ppo_violat
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = {"reward_function": "plain_characters", "prompts_per_tag": {}, "sampling": {"max_new_tokens": 2}}
     settings |= {"rollout_batch": 64, "minibatch": 64, "microbatch": 64, "num_ppo_epochs": 4, "critic": "trunk"}
-    settings |= {"learning_rate": 8e-3, "lam": 1.0, "stages": ["ppo"], "sections": {"prompts": [str(prompts)]}}
+    settings |= {"learning_rate": 8e-3, "lam": 1.0, "stages": ["ppo"]}
+    settings |= {"sections": {"prompts": [str(prompts)], **tiny_runs.ALL_PROJECTIONS}}
     limit = {"function": "plain_characters", "threshold": 2.0, "lambda_init": 0.5, "lambda_lr": 0.5}
     run = opened("limited", updates=36, constraint=limit | {"episode_cost_window_size": 64}, **settings)
     ppo.ppo(run)

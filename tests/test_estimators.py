@@ -225,7 +225,7 @@ def test_a_run_without_a_critic_cut_off_and_resumed_equals_one_that_was_not(open
 def test_against_a_known_reward_the_score_rises_without_a_critic(opened, functions, estimator):
     settings = {"updates": 20, "num_ppo_epochs": 2, "rollout_batch": 16, "minibatch": 64, "microbatch": 64}
     settings |= {"samples_per_prompt": 4, "learning_rate": 4e-3, "lr_scheduler_type": "linear", "kl_coef": 0.05}
-    settings |= {"prompts_per_tag": {"harmful": 16, "ordinary": 16}}
+    settings |= {"prompts_per_tag": {"harmful": 16, "ordinary": 16}, "sections": tiny_runs.ALL_PROJECTIONS}
     run = opened(reward_function="small_letters", advantage_estimator=estimator, **settings)
     ppo.ppo(run)
     rows = metrics(run)

@@ -151,7 +151,7 @@ def out_of_space(recipe, folder):
     """In each stage let every write beyond a size fail, with ever larger sizes, until the stage comes through."""
     places = []
     for stage in STAGES:
-        size, code = 4096, 2
+        size, code = 8192, 2
         while code:
             limits = (size, resource.RLIM_INFINITY)
             words = ["run", recipe, "--until", stage.partition("-")[2]]

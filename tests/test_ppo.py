@@ -482,6 +482,7 @@ def test_a_huge_price_keeps_the_policy_at_the_reference(opened, functions, monke
     found, finish = {}, ppo.finish
     steps = {"updates": 15, "num_ppo_epochs": 1, "rollout_batch": 16, "minibatch": 16, "microbatch": 16}
     steps |= {"learning_rate": 1e-4, "lr_scheduler_type": "linear", "prompts_per_tag": {"harmful": 16, "ordinary": 16}}
+    steps |= {"sections": tiny_runs.ALL_PROJECTIONS}
     for price in (0.0, 100.0):
         run = opened(f"price-{price:g}", reward_function="small_letters", kl_coef=price, **steps)
 
@@ -499,7 +500,7 @@ def test_a_huge_price_keeps_the_policy_at_the_reference(opened, functions, monke
 def test_against_a_known_reward_the_score_rises_by_more_than_its_first_deviation(opened, functions, critic):
     settings = {"updates": 20, "num_ppo_epochs": 2, "rollout_batch": 64, "minibatch": 64, "microbatch": 64}
     settings |= {"learning_rate": 4e-3, "lr_scheduler_type": "linear", "kl_coef": 0.05}
-    settings |= {"prompts_per_tag": {"harmful": 16, "ordinary": 16}}
+    settings |= {"prompts_per_tag": {"harmful": 16, "ordinary": 16}, "sections": tiny_runs.ALL_PROJECTIONS}
     run = opened(reward_function="small_letters", critic=critic, **settings)
     ppo.ppo(run)
     rows = metrics(run)

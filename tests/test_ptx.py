@@ -5,6 +5,7 @@ import math
 
 import pytest
 import tiny_ppo
+import tiny_runs
 import torch
 from tiny_ppo import Stopped, cut_off, metrics, results
 
@@ -174,7 +175,7 @@ def test_held_out_text_is_forgotten_less_with_it_than_without(opened, functions,
     monkeypatch.setattr(ppo, "assign_roles", lambda run: measure(assign(run), "before"))
     monkeypatch.setattr(ppo, "finish", lambda run, actors: finish(run, measure(actors, run.recipe.ppo.ptx_coef)))
     steps = {"updates": 6, "rollout_batch": 8, "minibatch": 8, "microbatch": 8, "learning_rate": 3e-3}
-    steps |= {"reward_function": "few_small_letters", "critic": "trunk"}
+    steps |= {"reward_function": "few_small_letters", "critic": "trunk", "sections": tiny_runs.ALL_PROJECTIONS}
     for coef in (0.0, 1.0):
         ppo.ppo(opened(f"coef-{coef:g}", **steps, **{**LEARNS, "ptx_coef": coef}))
     assert losses[1.0] < losses["before"] < losses[0.0], losses

@@ -101,6 +101,14 @@ def workers_of(pid):
     return [child for child, name in descendants(pid).items() if name.startswith("ray::MapWorker")]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def no_niceness():
+    """Ray's workers let every other process go first, and would hardly run beside other tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_worker_niceness", "0")
+        yield
+
+
 @pytest.fixture(scope="module")
 def cluster():
     found = Cluster(RaySection(workers=2))

@@ -61,6 +61,8 @@ TINY = {
     },
 }
 
+ALL_PROJECTIONS = {"model": {"lora_target_modules": "all-linear"}}  # for a policy that is to learn much in few steps
+
 
 def recipe(folder_of_model, **changes):
     """The tiny recipe for a model folder; `changes` replace keys, inside of a section one by one."""
