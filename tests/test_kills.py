@@ -282,7 +282,10 @@ LEAST = {"writing": 6, "replacing": 30, "building": 18, "repairing": 10, "checkp
 LEAST |= {"appending, inside a write": len(LINES) // 3, "journal": 40, "journal, inside a write": 20, "stage": 80}
 
 
-@pytest.mark.parametrize("name", LEAST)
+SELDOM = ("building", "repairing", "checkpoint", "appending, inside a write", "journal, inside a write")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SELDOM)) for name in LEAST])
 def test_a_kill_at_any_step_loses_nothing_that_was_acknowledged(name):
     assert kills.in_own_process(__file__, name) >= LEAST[name]
 
