@@ -1,4 +1,6 @@
+import itertools
 import os
+import re
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -8,6 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("tests", max_examples=50)
+settings.load_profile("tests")
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 CHAT_TEMPLATE = (
@@ -85,6 +91,18 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> 
     import tiny_runs
 
     return tiny_runs.whole_run(tmp_path_factory.mktemp("finished") / "run", tiny_model)
+
+
+@pytest.fixture
+def tmp_path(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
+    """A new folder, as pytest's own fixture gives, without a look at all those of the tests before."""
+    name = re.sub(r"\W", "_", request.node.name)[:30]
+    folder = tmp_path_factory.getbasetemp() / f"{next(_FOLDERS)}-{name}"
+    folder.mkdir()
+    return folder
+
+
+_FOLDERS = itertools.count()
 
 
 @pytest.fixture(autouse=True)

@@ -42,6 +42,7 @@ def front_and_text(card):
     return YAML(typ="safe", pure=True).load(front), text
 
 
+@pytest.mark.slow
 def test_the_card_of_a_reward_says_what_was_measured_and_neither_where_nor_when(tmp_path, tiny_model):
     stage = train(tmp_path / "run", tiny_model, num_adapters=2)
     card = (stage / "adapter" / "README.md").read_text()

@@ -370,6 +370,7 @@ def test_control_characters_in_a_message_do_not_reach_the_terminal(rlaif, tmp_pa
 # --- what the other commands print -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_run_says_what_it_does_and_writes_the_report(rlaif, finished_run, tiny_model, tmp_path):
     shutil.copytree(finished_run, tmp_path / "run")
     recipe = tiny_runs.write_recipe(tmp_path / "tiny.yaml", tiny_model, output=str(tmp_path / "run"))
@@ -393,11 +394,13 @@ def test_run_with_until_and_a_single_stage_run_what_they_name(rlaif, small, tmp_
     assert err.splitlines()[0] == "1-revise (input `recipe.revise` changed)"
 
 
+@pytest.mark.slow
 def test_report_prints_where_it_is(rlaif, finished_run, tmp_path):
     shutil.copytree(finished_run, tmp_path / "run")
     assert rlaif("report", tmp_path / "run") == (0, f"{tmp_path}/run/report.html\n", "")
 
 
+@pytest.mark.slow
 def test_chat_with_a_prompt_shows_one_answer_of_the_base_and_one_of_the_policy(rlaif, finished_run):
     code, out, _ = rlaif("chat", finished_run, "--prompt", "Hello?", "--max-new-tokens", 4, "--temperature", 0)
     assert code == 0
@@ -406,6 +409,7 @@ def test_chat_with_a_prompt_shows_one_answer_of_the_base_and_one_of_the_policy(r
     assert rlaif("chat", finished_run, "--prompt", "Hello?", "--max-new-tokens", 4, "--temperature", 0)[1] == out
 
 
+@pytest.mark.slow
 def test_chat_keeps_both_conversations_until_an_empty_line(rlaif, finished_run, tmp_path, monkeypatch):
     shutil.copytree(finished_run, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "5-ppo")
@@ -429,6 +433,7 @@ def test_chat_keeps_both_conversations_until_an_empty_line(rlaif, finished_run, 
     assert asked[1]["base"][1] == asked[0]["base"][1]
 
 
+@pytest.mark.slow
 def test_a_conversation_that_no_longer_fits_the_context_is_told(rlaif, finished_run):
     result = rlaif("chat", finished_run, "--prompt", "Hello?", "--max-new-tokens", 16384)
     refused(result, "does not fit the model's context of 16384", "--max-new-tokens")

@@ -272,6 +272,7 @@ def test_a_cost_counts_negatively(opened):
     assert total.tolist() == pytest.approx([-value for value in z(costs)], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_the_order_in_which_parts_are_listed_changes_nothing(opened, functions):
     one, other = (
         opened(f"run-{n}", rewards=parts, updates=2)
@@ -288,6 +289,7 @@ def test_the_order_in_which_parts_are_listed_changes_nothing(opened, functions):
 GO_ON = {"stop": []}
 
 
+@pytest.mark.slow
 def test_a_run_cut_off_and_resumed_keeps_the_scales_of_the_first_rollout(opened, functions, monkeypatch):
     whole, resumed = (
         opened(name, rewards=[LETTERS, CAPITALS, LONG], health=GO_ON, updates=2) for name in ("whole", "resumed")

@@ -22,17 +22,17 @@ SMALL = [
     "reward.allow_weak_reward=true",
     "label.method=contrast",
     "label.prompts_per_tag={harmful: 2, ordinary: 2}",
-    "label.sampling.max_new_tokens=12",
+    "label.sampling.max_new_tokens=8",
     "ppo.prompts_per_tag={harmful: 2, ordinary: 2}",
     "ppo.updates=1",
     "ppo.rollout_batch=2",
     "ppo.minibatch=2",
     "ppo.microbatch=2",
     "ppo.num_ppo_epochs=1",
-    "ppo.sampling.max_new_tokens=12",
+    "ppo.sampling.max_new_tokens=8",
     "evaluate.prompts_per_tag={harmful: 1, ordinary: 1}",
     "evaluate.judge_prompts_per_tag=1",
-    "evaluate.sampling.max_new_tokens=12",
+    "evaluate.sampling.max_new_tokens=8",
 ]
 TESTS, PAIRS = 2, 8  # of its constitution, and of its example labels
 

@@ -273,7 +273,7 @@ def uses(names: set[str]) -> set[str]:
 def test_only_roles_switches_adapters() -> None:
     flag = {"disable_adapters"}  # of a layer it is a flag, which is read
     assert uses(SWITCHES - flag) == {"model/roles.py"}
-    assert uses(flag) == {"model/lora.py"}
+    assert uses(flag) == {"model/lora.py", "model/roles.py"}
 
 
 def test_no_adapter_is_merged() -> None:

@@ -86,6 +86,7 @@ def test_rewording_one_principle_changes_exactly_the_chains_that_drew_it(make: M
     assert sorted(engine.ids()) == missing(found)
 
 
+@pytest.mark.slow
 def test_a_reworded_critique_that_comes_out_as_before_still_counts_what_builds_on_it(make: Maker) -> None:
     run_stage(make(ScriptedEngine(usual), prompts=PROMPTS[:1]), "revise")
     edited = NO_TESTS.replace("Who is hurt?", "Who is harmed?").replace("keeps the law", "keeps all laws")
@@ -93,6 +94,7 @@ def test_a_reworded_critique_that_comes_out_as_before_still_counts_what_builds_o
     assert missing(found) == ["h1/critique-0", "h1/revise-0"]
 
 
+@pytest.mark.slow
 def test_a_new_title_runs_the_stage_not_at_all_and_new_sampling_asks_everything(make: Maker) -> None:
     run_stage(make(ScriptedEngine(usual)), "revise")
     (same,) = planned(make(ScriptedEngine(usual), constitution=NO_TESTS.replace("Nobody is hurt", "No harm")))
@@ -102,6 +104,7 @@ def test_a_new_title_runs_the_stage_not_at_all_and_new_sampling_asks_everything(
     assert all_.reasons == ["input `recipe.revise` changed"] and len(all_.missing) == 36
 
 
+@pytest.mark.slow
 def test_votes_that_used_a_reworded_principle_are_asked_again_and_no_others(make: Maker) -> None:
     def answers(question: Any) -> Answer:
         return Answer(f"Answer {question.sample} to {question.item_id}, in so many words.", tokens=9)
@@ -123,6 +126,7 @@ def comparisons(run: Run) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
+@pytest.mark.slow
 def test_what_depends_on_an_adapter_that_would_be_trained_is_to_be_asked(make: Maker) -> None:
     settings = {
         "prompts": [*HOUSES, {"id": "e1", "prompt": "How do I rob a bank?", "tag": HARM, "split": "eval"}],

@@ -142,8 +142,7 @@ def test_tokens_after_the_end_of_a_response_change_nothing(opened, critic):
 # --- what moves ------------------------------------------------------------------------------------------------------
 
 
-@CRITICS
-@pytest.mark.parametrize("four_bit", [False, True])
+@pytest.mark.parametrize(("four_bit", "critic"), [(False, "trunk"), (True, "adapter")])
 def test_ppo_moves_policy_and_critic_and_leaves_base_reference_and_reward_as_they_were(
     opened, tiny_model_64, critic, four_bit, monkeypatch
 ):
@@ -401,6 +400,7 @@ def test_a_run_cut_off_and_resumed_equals_one_that_was_not_to_the_bit(opened, cr
     assert [row["update"] for row in metrics(resumed)] == [1, 2, 3]
 
 
+@pytest.mark.slow
 def test_a_run_cut_off_after_its_last_update_only_writes_its_files(opened, monkeypatch):
     whole = opened("whole", updates=1)
     ppo.ppo(whole)

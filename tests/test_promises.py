@@ -317,7 +317,7 @@ class Refusing(ScriptedEngine):
         return super()._one(question)
 
 
-ANY_LUCK = settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+ANY_LUCK = settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @ANY_LUCK

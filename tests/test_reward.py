@@ -279,6 +279,7 @@ def test_rankings_and_ratings_are_learned_from_beside_comparisons(opened):
     assert evaluation(run)["train_rows"] == counts["train"]
 
 
+@pytest.mark.slow
 def test_several_heads_and_adapters_are_members_that_differ_and_reload(opened):
     run = opened(max_steps=3, num_heads=2, num_adapters=2, suspects=0)
     reward.reward(run)
@@ -407,6 +408,7 @@ def test_costs_without_both_signs_are_refused_with_what_was_found(opened):
         reward.reward(opened(rows=safe, cost=True, max_steps=1))
 
 
+@pytest.mark.slow
 def test_ratings_alone_are_enough_to_learn_from_and_to_measure_with(opened):
     run = opened(rows=[], max_steps=12, num_train_epochs=20.0, per_device_train_batch_size=4)
     rows = [rating(n, ("good " if n % 2 else "bad ") * (1 + n % 3), float(n % 2), prompt=f"r{n}") for n in range(24)]

@@ -65,7 +65,7 @@ def trained(run):
 # --- adapters --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize("heads", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_an_adapter_of_plain_peft_with_a_head_is_where_training_starts(opened, tiny_model, tmp_path, heads):
     model = LlamaForSequenceClassification.from_pretrained(tiny_model, num_labels=1)
     start = plain_adapter(model, tmp_path / "plain", "SEQ_CLS")
@@ -154,7 +154,7 @@ def test_training_moves_the_adapter_and_the_head_and_no_weight_of_the_reward_mod
     assert not any("score" in name and "lora" in name for name in weights)
 
 
-@pytest.mark.parametrize("critic", ["trunk", "adapter"])
+@pytest.mark.parametrize("critic", [pytest.param("trunk", marks=pytest.mark.slow), "adapter"])
 def test_ppo_scores_the_texts_and_not_the_ids_of_its_own_vocabulary(opened, foreign, critic):
     run = opened(
         reward={**STILL, "start_from": "base", "model": str(foreign)},

@@ -150,6 +150,7 @@ def test_no_demonstration_and_none_that_fits_are_errors_that_say_what_to_do(open
         sft.sft(opened("long", max_length=5))
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_the_stage(opened, monkeypatch):
     run = opened()
     original = training.Recorder.on_log
@@ -177,6 +178,7 @@ def test_the_number_of_steps_follows_from_epochs_rows_and_batch_sizes(
     assert training.steps_of(halved, rows, 2) == steps
 
 
+@pytest.mark.slow
 def test_transformers_takes_as_many_steps_as_announced(opened):
     settings = {"num_train_epochs": 1.5, "max_steps": -1, "heldout_fraction": 0.0, "save_steps": 100}
     run = opened(rows=ROWS[:6], **settings)
@@ -239,6 +241,7 @@ def test_checkpoints_are_written_at_steps_that_are_logged_so_a_resumed_mean_is_w
     assert [row["step"] for row in metrics(resumed)] == [2, 4, 6]
 
 
+@pytest.mark.slow
 def test_an_unfinished_checkpoint_is_removed_before_training_goes_on(opened):
     run = opened(heldout_fraction=0.0)
     with tiny_runs.cut_off_at_checkpoint(3, complete=False):

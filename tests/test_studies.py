@@ -281,6 +281,7 @@ def test_the_bag_of_words_alone_needs_no_features(monkeypatch, data, tiny_model,
     assert not (data.parent / "cache").exists()
 
 
+@pytest.mark.slow
 def test_the_reward_stage_itself_can_be_poisoned_and_is_taken_up_again(monkeypatch, data, tiny_model, capsys, tmp_path):
     options = ["--model", str(tiny_model), "--words-only", "--rates", "0.5", "--seeds", "1", "--layers", "1", "--folds"]
     options += ["2", "--members", "2", "--lora", "0.5", "--lora-folder", str(tmp_path / "runs")]
