@@ -9,6 +9,7 @@ import tiny_ppo
 import tiny_runs
 import torch
 from hostile_server import Asked, HostileServer, Reply, error
+from test_docs import PAGES, rows, ticked
 from test_recipe import GOOD, complaint
 from tiny_ppo import metrics
 from vllm_server import SERVED, TinyVllm, completion, plain
@@ -342,7 +343,10 @@ def test_a_server_with_the_same_model_is_the_base_and_is_left_as_it_was(opened, 
         ppo.ppo(one)
     other = opened("here", **settings)
     ppo.ppo(other)
+    table = rows(PAGES["ppo.md"], "## Metrics")[1:]
+    of_servers = {key for cells in table if "with `sampling_engine`" in cells[1] for key in ticked(cells[0])}
     for ours, theirs in zip(metrics(one), metrics(other), strict=True):
+        assert ours.keys() - theirs.keys() == of_servers
         assert ours["rollout/mean_logprob_gap"] < 1e-5
         assert ours["rollout/importance_weight"] == pytest.approx(1.0, abs=1e-5)
         assert ours["rollout/importance_cut"] == 0.0
