@@ -6,10 +6,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while waiting slow each other sixfold
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from hypothesis import settings
 
 settings.register_profile("tests", max_examples=50)
@@ -56,10 +57,22 @@ def build_tiny_model(folder: Path, *, seed: int = 0, hidden: int = 32) -> Path:
     return folder
 
 
+def once(tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """Return a folder that the first of all workers to need it fills."""
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / name
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "made").exists():
+            folder.mkdir()
+            make(folder)
+            (folder / "made").touch()
+    return folder
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of the tiny model: 2 layers, hidden size 32, bytes as tokens."""
-    return build_tiny_model(tmp_path_factory.mktemp("tiny") / "model")
+    return once(tmp_path_factory, "tiny", lambda folder: build_tiny_model(folder / "model")) / "model"
 
 
 @pytest.fixture(scope="session")
@@ -87,10 +100,10 @@ def no_sync(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
-    """Folder of a whole run of the tiny recipe (tiny_runs.TINY); tests work in copies of it."""
+    """Folder of a whole run of the tiny recipe (tiny_runs.TINY), for all workers; tests work in copies of it."""
     import tiny_runs
 
-    return tiny_runs.whole_run(tmp_path_factory.mktemp("finished") / "run", tiny_model)
+    return once(tmp_path_factory, "finished", lambda folder: tiny_runs.whole_run(folder / "run", tiny_model)) / "run"
 
 
 @pytest.fixture

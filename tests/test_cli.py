@@ -382,6 +382,7 @@ def test_run_says_what_it_does_and_writes_the_report(rlaif, finished_run, tiny_m
     assert (tmp_path / "run" / "report.html").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_run_with_until_and_a_single_stage_run_what_they_name(rlaif, small, tmp_path):
     code, _, err = rlaif("run", small(), "--until", "revise")
     assert code == 0

@@ -182,6 +182,7 @@ def test_a_principle_that_names_a_category_takes_the_prompts_of_that_category(ma
     assert counted["chains"]["reasons"] == {"another principle is drawn": 6}
 
 
+@pytest.mark.slow
 def test_a_changed_worked_example_does_every_revised_chain_again(made):
     counted, chains, asked = made("revision", "critique: C1", "critique: CC")
     assert len(chains) == 18
@@ -189,6 +190,7 @@ def test_a_changed_worked_example_does_every_revised_chain_again(made):
     assert counted["votes"]["reasons"]["the worked examples changed"] == len(asked) == 12
 
 
+@pytest.mark.slow
 def test_an_example_that_is_never_shown_changes_nothing(made):
     counted, chains, asked = made("revision", "critique: C2", "critique: CC")
     assert (counted["chains"]["again"], counted["votes"]["again"], chains, asked) == (0, 0, set(), set())
@@ -256,6 +258,7 @@ def test_votes_by_contrast_follow_the_principles_of_the_system_prompt(made):
     assert {name for name in asked if name.startswith("h")} == asked
 
 
+@pytest.mark.slow
 def test_a_run_that_was_made_with_another_constitution_is_noticed(made, tmp_path):
     made("revision", "critique: C2", "critique: CC")
     old, new = load(tmp_path / "old.yaml"), load(tmp_path / "new.yaml")

@@ -96,6 +96,7 @@ def test_what_speaks_against_the_labels_is_dropped_too(found):
     ]
 
 
+@pytest.mark.slow
 def test_keep_all_keeps_everything_with_its_evidence(found):
     induced = found(keep_all=True)
     assert induced.constitution is not None
@@ -112,6 +113,7 @@ def test_intervals_widen_with_the_number_of_candidates():
     assert one_of_five.evidence["accuracy"]["low"] == pytest.approx(0.4909, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_a_weak_vote_takes_no_side(found):
     induced = found(min_strength=2.0)
     assert {one["dropped"] for one in induced.evidence["candidates"]} == {"no vote has a side"}
@@ -152,6 +154,7 @@ def test_each_rule_is_voted_on_in_both_orders_and_the_better_answer_is_shown_fir
         assert "please" in better or "[1]" in better
 
 
+@pytest.mark.slow
 def test_a_second_induction_asks_nothing_again(found):
     first = found()
     engine = planted.engine()

@@ -59,6 +59,7 @@ def test_before_the_first_run_every_question_must_be_asked(make: Maker) -> None:
     assert (found.seconds, found.memory_gib, found.basis) == (230.4, 0.5, "a measurement")
 
 
+@pytest.mark.slow
 def test_after_the_run_it_is_up_to_date(make: Maker) -> None:
     run = make(ScriptedEngine(usual))
     run_stage(run, "revise")
@@ -68,6 +69,7 @@ def test_after_the_run_it_is_up_to_date(make: Maker) -> None:
     assert forced.reasons == ["--from"] and [len(wave.missing) for wave in forced.waves] == [0, 0, 0]
 
 
+@pytest.mark.slow
 def test_rewording_one_principle_changes_exactly_the_chains_that_drew_it(make: Maker, tmp_path: Path) -> None:
     run_stage(make(ScriptedEngine(usual)), "revise")
     whole = load(tmp_path / "constitution.yaml")
@@ -162,6 +164,7 @@ def test_a_plan_of_a_run_that_was_never_begun_leaves_no_folder(make: Maker, tmp_
     assert not (tmp_path / "never").exists()
 
 
+@pytest.mark.slow
 def test_speed_and_length_come_from_earlier_answers_where_there_are_any(make: Maker) -> None:
     run = make(ScriptedEngine(usual))
     run_stage(run, "revise")
@@ -183,6 +186,7 @@ def test_what_would_stop_the_run_is_told(make: Maker) -> None:
         planned(run, last="ppo")
 
 
+@pytest.mark.slow
 def test_a_plan_is_written_in_words(make: Maker) -> None:
     run_stage(make(ScriptedEngine(usual)), "revise")
     lines = list(as_lines(planned(make(ScriptedEngine(usual)))))

@@ -80,6 +80,7 @@ def test_an_adapter_of_plain_peft_with_a_head_is_where_training_starts(opened, t
     assert reward.inputs(run)["start"] != before["start"]
 
 
+@pytest.mark.slow
 def test_an_adapter_of_a_causal_model_gets_a_new_head(opened, tiny_model, tmp_path):
     start = plain_adapter(LlamaForCausalLM.from_pretrained(tiny_model), tmp_path / "plain", "CAUSAL_LM")
     run = opened(reward={**STILL, "start_from": str(tmp_path / "plain")})
@@ -126,6 +127,7 @@ def plain_scores(folder, pairs):
     return found
 
 
+@pytest.mark.slow
 def test_training_starts_at_the_scores_of_the_reward_model_itself_and_saves_an_adapter_for_it(opened, foreign):
     run = opened(reward={**STILL, "start_from": "base", "model": str(foreign)})
     reward.reward(run)

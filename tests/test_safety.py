@@ -234,6 +234,7 @@ def test_the_inputs_change_with_the_parts_of_the_constitution(make: Maker) -> No
     assert "parts" not in off and off == still
 
 
+@pytest.mark.slow
 def test_an_edit_of_a_harmless_principle_asks_its_votes_again_and_no_others(make: Maker, tmp_path: Path) -> None:
     run = make()
     rows, _ = labelled(run)

@@ -128,6 +128,7 @@ def test_steps_before_the_failure_are_demonstrations_where_all_rounds_are(make: 
         assert (counts["kept"], counts["failed"]) == (4, 1)
 
 
+@pytest.mark.slow
 @settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(0, 2**32), st.sampled_from(["all", "last"]), st.integers(1, 2))
 def test_rows_in_are_rows_kept_set_aside_and_failed_whatever_fails(
@@ -162,6 +163,7 @@ def judges(asked: Asked) -> Reply:
     return choice({"A": 0.8, "B": 0.1} if '"good"' in first or "FIRST" in first else {"A": 0.1, "B": 0.8})
 
 
+@pytest.mark.slow
 def test_pairs_without_a_verdict_are_failed_and_counted(make: Maker) -> None:
     local = ScriptedEngine(lambda question: f"{'FIRST' if question.sample == 0 else 'SECOND'} {question.item_id}")
     with HostileServer(lambda asked: choice({"A": 0.5}) if asked.is_probe else judges(asked)) as server:
@@ -180,6 +182,7 @@ def test_pairs_without_a_verdict_are_failed_and_counted(make: Maker) -> None:
     assert {vote["method"] for vote in votes} == {"logprobs"}
 
 
+@pytest.mark.slow
 def test_a_judge_that_writes_its_verdict_is_marked_as_one(make: Maker) -> None:
     def verdicts(asked: Asked) -> Reply:
         return text(
@@ -284,6 +287,7 @@ def test_an_engine_that_is_not_described_is_an_error_in_the_code_as_well(make: M
         make().engine("big", lambda: None, batch_size=1)
 
 
+@pytest.mark.slow
 def test_running_a_stage_again_asks_again_what_was_refused(make: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
     with HostileServer(lost("response", "bicycle")) as server:
         run = make(engines=engines(server), revise=SERVED, stages=["revise"])
