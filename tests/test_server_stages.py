@@ -128,7 +128,6 @@ def test_steps_before_the_failure_are_demonstrations_where_all_rounds_are(make: 
         assert (counts["kept"], counts["failed"]) == (4, 1)
 
 
-@pytest.mark.slow
 @settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(0, 2**32), st.sampled_from(["all", "last"]), st.integers(1, 2))
 def test_rows_in_are_rows_kept_set_aside_and_failed_whatever_fails(
