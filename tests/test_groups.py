@@ -158,16 +158,22 @@ def test_attention_is_back_after_a_recomputed_backward_pass(tiny_model):
 # --- the training pass of LoRA ---------------------------------------------------------------------------------------
 
 
+def fused_and_not(base, monkeypatch):
+    """Train once by LoRA's own pass in every adapted layer, and once by PEFT's in all."""
+    calls, apply = [], lora._Adapted.apply
+    monkeypatch.setattr(lora._Adapted, "apply", lambda *args: calls.append(1) or apply(*args))
+    fused = trained(base, grouped_scores)
+    assert len(calls) == 2 * len(PROJECTIONS)
+    monkeypatch.setattr(lora, "_fits", lambda layer, x: False)
+    other = trained(base, grouped_scores)
+    assert len(calls) == 2 * len(PROJECTIONS)
+    return fused, other
+
+
 def test_the_training_pass_of_lora_gives_the_numbers_of_peft(tiny_model_64, four_bit, monkeypatch):
     base = load(tiny_model_64, load_in_4bit=four_bit)
     add_stirred(base, "reward", 1, trainable=True, head=True)
-    calls, apply = [], lora._Adapted.apply
-    monkeypatch.setattr(lora._Adapted, "apply", lambda *args: calls.append(1) or apply(*args))
-    found, got = trained(base, grouped_scores)
-    assert len(calls) == 2 * len(PROJECTIONS)
-    monkeypatch.setattr(lora, "_fits", lambda layer, x: False)
-    expected, wanted = trained(base, grouped_scores)
-    assert len(calls) == 2 * len(PROJECTIONS)
+    (found, got), (expected, wanted) = fused_and_not(base, monkeypatch)
     torch.testing.assert_close(found, expected, **CLOSE)
     assert apart(got, wanted) < 1e-5
 
@@ -209,12 +215,7 @@ def test_on_a_base_in_bf16_it_gives_the_numbers_of_peft_within_the_rounding_of_b
     tiny_model_64, four_bit, half, monkeypatch
 ):
     base = half(torch.bfloat16, tiny_model_64, load_in_4bit=four_bit)
-    calls, apply = [], lora._Adapted.apply
-    monkeypatch.setattr(lora._Adapted, "apply", lambda *args: calls.append(1) or apply(*args))
-    found, got = trained(base, grouped_scores)
-    assert len(calls) == 2 * len(PROJECTIONS)
-    monkeypatch.setattr(lora, "_fits", lambda layer, x: False)
-    expected, wanted = trained(base, grouped_scores)
+    (found, got), (expected, wanted) = fused_and_not(base, monkeypatch)
     torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05)
     # Either is up to 0.05 away from what fp32 gives with the same weights, through two layers and back.
     ours, theirs = (torch.cat([one[name].flatten() for name in wanted]) for one in (got, wanted))

@@ -159,11 +159,11 @@ def ppo(run: Run) -> dict[str, Any]:
                 (advantages, returns), cost = constraint.estimate(rewards, values, *costs, mask, weights)
             else:
                 (advantages, returns), cost = estimate(settings, rewards, values, mask, weights), None
-            rollout = Rollout(batch, logprobs, ref_logprobs, advantages, values, returns, weights, cost)
+            weighted = gap.weights * advantages
+            rollout = Rollout(batch, logprobs, ref_logprobs, weighted, values, returns, weights, cost)
 
             # 6. Update.
             set_learning_rate(optimizer, settings, update)
-            rollout = rollout._replace(advantages=gap.weights * rollout.advantages)
             loss_price = kl.coef if settings.kl_place == "loss" else 0.0
             figures = optimize(run, actors, optimizer, trainable, rollout, update, loss_price, ptx)
             figures |= {
