@@ -38,7 +38,8 @@ _ABSENT = {
 # Keys that both engines are told, in settings or in the prompts.
 _CARRIED = {
     *("updates", "rollout_batch", "samples_per_prompt", "minibatch", "microbatch", "num_ppo_epochs"),
-    *("advantage_estimator", "loss_aggregation", "learning_rate", "lr_scheduler_type", "adam_epsilon", "max_grad_norm"),
+    *("advantage_estimator", "loss_aggregation", "learning_rate", "lr_scheduler_type", "warmup_updates"),
+    *("adam_epsilon", "max_grad_norm"),
     *("gamma", "lam", "cliprange", "cliprange_value", "entropy_coef", "kl_coef", "kl_in", "save_every_updates"),
     *("sampling", "prompts_per_tag"),
 }
@@ -176,6 +177,7 @@ def _verl_optimizer(role: str, recipe: Recipe) -> dict[str, object]:
     return {
         f"{role}.optim.lr": recipe.ppo.learning_rate,
         f"{role}.optim.lr_scheduler_type": "constant",
+        f"{role}.optim.lr_warmup_steps": recipe.ppo.warmup_updates,
         f"{role}.optim.weight_decay": 0.0,
         f"{role}.optim.clip_grad": recipe.ppo.max_grad_norm,
         f"{role}.optim.override_optimizer_config": f"{{eps:{recipe.ppo.adam_epsilon}}}",
@@ -237,7 +239,7 @@ def _openrlhf_optimizer(role: str, recipe: Recipe) -> dict[str, object]:
         f"{role}.adam.eps": recipe.ppo.adam_epsilon,
         f"{role}.adam.weight_decay": 0.0,
         f"{role}.lr_scheduler": recipe.ppo.lr_scheduler_type,
-        f"{role}.lr_warmup_ratio": 0.0,
+        f"{role}.lr_warmup_ratio": recipe.ppo.warmup_updates / recipe.ppo.updates,
         f"{role}.max_norm": recipe.ppo.max_grad_norm,
     }
 

@@ -65,6 +65,7 @@ class PpoSection(CompositeSection):
     )
     learning_rate: PositiveFloat = 1e-4
     lr_scheduler_type: Literal["constant", "linear"] = "constant"
+    warmup_updates: int = Field(0, ge=0, description="updates over which the learning rate rises to its height")
     adam_epsilon: PositiveFloat = 1e-5
     max_grad_norm: PositiveFloat = 1.0
     gamma: Fraction = 1.0
@@ -93,10 +94,11 @@ class PpoSection(CompositeSection):
         [], description="parts of a score that the policy does not optimize, as in `rewards`; absent: none"
     )
     constraint: ConstraintSection | None = Field(None, description="a limit to the cost of responses (PPO-Lagrangian)")
-    ptx_coef: NonNegative = Field(0.0, description="weight of the loss on plain text (PPO-ptx); 0: none")
+    ptx_coef: NonNegative = Field(0.0, description="weight of the loss on plain text (PPO-ptx); 0: it is not learned")
     ptx_file: str | None = Field(None, min_length=1, description="plain text, or JSON lines with the column `text`")
     ptx_length: Annotated[int, Field(gt=1)] = Field(256, description="tokens in a chunk of the text")
     ptx_batch: Positive = Field(8, description="chunks per optimizer step")
+    ptx_heldout: int = Field(8, ge=0, description="chunks that are not learned; their loss is logged in each update")
     health: HealthSection = HealthSection()
     save_every_updates: Positive = 1
     sample_every_updates: Positive = 1
@@ -113,6 +115,8 @@ class PpoSection(CompositeSection):
                 f"rollout_batch x samples_per_prompt = {responses} must be a multiple of minibatch = {self.minibatch}, "
                 f"and that a multiple of microbatch = {self.microbatch}"
             )
+        if self.warmup_updates > self.updates:
+            raise ValueError(f"warmup_updates is {self.warmup_updates}, and there are {self.updates} updates in all")
         if self.reward_function and self.rewards:
             raise ValueError("reward_function and rewards exclude each other; make the function a part of rewards")
         return self

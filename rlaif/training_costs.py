@@ -58,12 +58,14 @@ def _ppo(run: Run) -> Work:
     whole = written + responses * statistics.fmean(prompts)
     # The policy and the reference read each response once, and so does every adapter that scores.
     passes = whole * (2 + scorers_of(run.recipe) * _ratio(run.recipe) + _BACKWARD * settings.num_ppo_epochs)
-    text = 0
+    text = measured = 0
+    if settings.ptx_file:
+        measured = settings.updates * settings.ptx_heldout * settings.ptx_length
     if settings.ptx_coef:
         optimizer_steps = responses // settings.minibatch * settings.num_ppo_epochs
         text = optimizer_steps * settings.ptx_batch * settings.ptx_length
     here = written if settings.sampling_engine == BASE else 0  # what a server writes takes no time here
-    return Work(settings.updates, here, round(whole) + text, passes + _BACKWARD * text)
+    return Work(settings.updates, here, round(whole) + text + measured, passes + _BACKWARD * text + measured)
 
 
 def _rejection(run: Run) -> Work:

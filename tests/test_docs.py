@@ -212,7 +212,7 @@ def test_every_code_of_a_problem_is_explained_and_no_other() -> None:
 def metric_keys() -> set[str]:
     """Return the metric keys that stand in PPO's code, and the two that it puts together from parts."""
     stages = ROOT / "rlaif" / "stages"
-    names = ("ppo", "exploration", "constraint", "rollouts")
+    names = ("ppo", "exploration", "constraint", "rollouts", "ptx")
     sources = [(stages / f"{name}.py").read_text(encoding="utf-8") for name in names]
     nodes = [node for source in sources for node in ast.walk(ast.parse(source))]
     texts = {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}

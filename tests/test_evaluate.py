@@ -93,7 +93,7 @@ def test_what_is_beside_the_score_is_measured_like_it_and_costs_above_0_are_unsa
 def test_prompts_without_a_tag_are_a_group_of_their_own() -> None:
     rows = [response(id="a", tag="", refused=True), response(id="b", tag=HARM)]
     assert {tag: part["rate"] for tag, part in metrics(rows)["refusal"].items()} == {"": 1.0, HARM: 0.0}
-    (first, second) = differences({"base": rows, "sft": rows})
+    (first, second, *_) = differences({"base": rows, "sft": rows})
     assert [(row["tag"], row["n"], row["difference"]) for row in (first, second)] == [("", 1, 0.0), (HARM, 1, 0.0)]
     assert [row["tag"] for row in samples({"base": rows})] == ["", HARM]
 
@@ -132,6 +132,20 @@ def test_differences_pair_each_policy_with_each_earlier_one() -> None:
     row = found["sft", "base", HARM]
     assert (row["low"], row["high"]) == (0.0, 1.0)
     assert resampled[int(0.025 * 256)] == 0.0 and resampled[int(0.975 * 256)] == 1.0
+
+
+def test_means_differ_prompt_by_prompt_over_all_of_them_where_every_policy_has_them() -> None:
+    def rows(*scores: float, tag: str = HARM) -> list[Response]:
+        return [response(id=f"{tag}{n}", tag=tag, score=score) for n, score in enumerate(scores)]
+
+    policies = {"base": rows(1.0, 3.0) + rows(-2.0, tag=PLAIN), "ppo": rows(2.0, 3.5) + rows(1.0, tag=PLAIN)}
+    (found,) = (row for row in differences(policies) if row["metric"] != "refusal")
+    assert (found["metric"], found["tag"], found["n"]) == ("score", "all", 3)
+    assert found["difference"] == pytest.approx(1.5)
+    assert (found["low"], found["high"]) == (0.5, 3.0)  # one in 27 resamples has the least three times
+    costly = {name: [row._replace(score=None, cost=2.0 * row.score) for row in all] for name, all in policies.items()}
+    (found,) = (row for row in differences(costly) if row["metric"] != "refusal")
+    assert (found["metric"], found["difference"]) == ("cost", pytest.approx(3.0))
 
 
 def test_one_policy_has_no_differences() -> None:
@@ -274,7 +288,10 @@ def test_the_report_reads_the_results(make: Maker, tmp_path: Path, monkeypatch: 
         ("ppo", "base", 2, 0, 0),
         ("ppo", "sft", 1, 0, 1),
     ]
-    assert len(found.samples) == 2 and len(found.differences) == 6
+    assert len(found.samples) == 2
+    assert [one.tag for one in found.differences if one.metric == "refusal"] == [HARM, PLAIN] * 3
+    assert [one.tag for one in found.differences if one.metric == "score"] == ["all"] * 3
+    assert len(found.differences) == 9
     assert set(written["metrics"]["sft"]) == {"refusal", "score", "kl_to_reference", "response_tokens", "ended"}
 
 

@@ -204,6 +204,7 @@ def test_below_0_the_coefficient_is_a_bonus_for_disagreement():
 def test_keys_at_their_defaults_leave_the_fingerprint_of_a_section_as_it_was(opened, functions):
     run = opened(stages=["ppo"], reward_function="ones")
     later = {"critic", "final_entropy_coef", "final_temperature", "importance_cap", "reference_share"}
+    later |= {"ptx_heldout", "warmup_updates"}
     later |= {"sampling_engine"}  # what it is asked counts
     old = run.recipe.ppo.model_dump(exclude=later | run_module._NOT_DETERMINING)
     old |= {"microbatch": PpoSection().microbatch}  # rows at a time count as their default
@@ -212,6 +213,8 @@ def test_keys_at_their_defaults_leave_the_fingerprint_of_a_section_as_it_was(ope
         "final_entropy_coef": 0.0,
         "final_temperature": 1.0,
         "reference_share": 0.1,
+        "ptx_heldout": 9,
+        "warmup_updates": 1,
         "critic": "adapter",
     }.items():
         changed = run.recipe.ppo.model_copy(update={key: value})

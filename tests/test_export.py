@@ -96,6 +96,10 @@ def test_lengths_ranges_and_adapters_are_carried_over():
     assert settings_for("verl", given, 90).settings["actor_rollout_ref.model.target_modules"] == "[q_proj,v_proj]"
     assert not [key for key in second.settings if "lora" in key or key == "actor.adam.lr"]
     assert any(key.startswith("ppo.learning_rate: 0.0001") for key in second.left)
+    first, second = both(warmup_updates=5, updates=20)
+    assert first.settings["critic.optim.lr_warmup_steps"] == "5"
+    assert second.settings["actor.lr_warmup_ratio"] == "0.25"
+    assert "ppo.warmup_updates: 5" not in {**first.left, **second.left}
 
 
 def test_whatever_was_changed_and_has_no_counterpart_is_listed():

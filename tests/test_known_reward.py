@@ -15,8 +15,8 @@ pytestmark = pytest.mark.usefixtures("one_thread", "no_sync")
 
 def test_a_row_has_means_over_seeds_and_differences_of_the_same_seed():
     found = {
-        "none": [Outcome(1.0, 0, 2.0, 0.5, 9.0, []), Outcome(3.0, 2, 4.0, 0.5, 9.0, [])],
-        "some": [Outcome(0.5, 1, 1.0, 0.25, 9.0, []), Outcome(3.5, 0, 1.0, 0.75, 9.0, [])],
+        "none": [Outcome(1.0, 0, 2.0, 0.5, 9.0, [], [], []), Outcome(3.0, 2, 4.0, 0.5, 9.0, [], [], [])],
+        "some": [Outcome(0.5, 1, 1.0, 0.25, 9.0, [], [], []), Outcome(3.5, 0, 1.0, 0.75, 9.0, [], [], [])],
     }
     assert known_reward.rows_of(found) == [
         ["none", "2.000 (1.000 to 3.000)", "+0.0 +0.0", "0 2", "3.000 (2.000 to 4.000)", ".500 (.500 to .500)"],
@@ -29,9 +29,12 @@ def test_words_are_counted_where_there_are_any():
 
 
 def test_a_curve_has_every_fourth_update_and_the_last_for_each_seed():
-    curves = [0.0, 9.0, 9.0, 9.0, 1.0, 9.0, 2.0], [0.5, 1.5]
-    found = {"none": [Outcome(0, 0, 0, 0, 0, curve) for curve in curves]}
-    assert known_reward.curves_of(found) == [["none", "1", "0.0 1.0 2.0"], ["none", "2", "0.5 1.5"]]
+    first = Outcome(0, 0, 0, 0, 0, [0.0, 9.0, 9.0, 9.0, 1.0, 9.0, 2.0], [0.1] * 6 + [0.02], [3.0, 2.0, 4.5])
+    second = Outcome(0, 0, 0, 0, 0, [0.5, 1.5], [0.001, 0.0], [])
+    assert known_reward.curves_of({"none": [first, second]}) == [
+        ["none", "1", "0.0 1.0 2.0", "100.0 100.0 20.0", "3.000 4.500"],
+        ["none", "2", "0.5 1.5", "1.0 0.0", ""],
+    ]
 
 
 @pytest.mark.parametrize("name", ["exploration", "ablations"])

@@ -183,6 +183,37 @@ def test_no_module_imports_itself_by_way_of_others() -> None:
         needs = {module: wanted for module, wanted in needs.items() if module not in free}
 
 
+def test_scripts_import_what_is_there() -> None:
+    """Benchmarks and studies run seldom, and nothing else would notice that a name has moved."""
+
+    def defined(path: Path) -> set[str]:
+        found = set()
+        for node in tree(path).body:
+            found |= {getattr(node, "name", "")}
+            found |= {alias.asname or alias.name for alias in getattr(node, "names", ())}
+            targets = [*getattr(node, "targets", ()), getattr(node, "target", None)]
+            found |= {name.id for part in targets if part for name in ast.walk(part) if isinstance(name, ast.Name)}
+        return found
+
+    paths = {module_of(path): path for path in SOURCES}
+    scripts = [
+        path
+        for path in (ROOT / "scripts").rglob("*")
+        if path.is_file()
+        and (path.suffix == ".py" or path.suffix == "" and path.read_text("utf-8").startswith("#!/usr/bin/env python"))
+    ]
+    wrong = [
+        f"{path.name}:{node.lineno}: {node.module}.{alias.name}"
+        for path in scripts
+        for node in nodes(path)
+        if isinstance(node, ast.ImportFrom) and str(node.module).split(".")[0] == "rlaif"
+        for alias in node.names
+        if f"{node.module}.{alias.name}" not in MODULES and alias.name not in defined(paths[str(node.module)])
+    ]
+    assert wrong == []
+    assert len(scripts) > 10
+
+
 def test_the_plain_layer_names_no_learning_library_at_all() -> None:
     found = [
         f"{name_of(path)}: {module}"

@@ -238,6 +238,8 @@ def test_plain_text_beside_ppo_counts_a_pass_with_gradients_for_each_optimizer_s
     steps, tokens = 2 * 3 * 2, 8 * 256  # of the optimizer; of text in each
     assert with_text.read_tokens - without.read_tokens == steps * tokens
     assert with_text.seconds - without.seconds == pytest.approx(steps * tokens * 3 / 100.0, abs=0.02)  # type: ignore[operator]
+    (not_measured,) = planned(make(ScriptedEngine(usual), stages=["ppo"], ppo={**settings, "ptx_heldout": 0}))
+    assert without.read_tokens - not_measured.read_tokens == 2 * 8 * 256
 
 
 def test_rejection_counts_its_answers_their_scores_and_the_training_on_the_best(make: Maker) -> None:

@@ -23,6 +23,7 @@ from tiny_ppo import (
 
 from rlaif.errors import DataError, StageError
 from rlaif.model import sampling
+from rlaif.recipe import PpoSection
 from rlaif.stages import actors as actors_module
 from rlaif.stages import checkpoints, ppo
 from rlaif.stages.actors import CRITIC, POLICY, REFERENCE, assign_roles, judge_tokens, score
@@ -380,6 +381,19 @@ def test_the_linear_learning_rate_falls_from_the_full_rate_towards_zero(opened, 
     run = opened(reward_function="ones", lr_scheduler_type="linear", learning_rate=0.003, updates=3)
     ppo.ppo(run)
     assert [row["policy/learning_rate"] for row in metrics(run)] == pytest.approx([0.003, 0.002, 0.001])
+
+
+@pytest.mark.parametrize(
+    ("kind", "updates", "rates"), [("constant", 4, [0.5, 1, 1, 1]), ("linear", 5, [0.5, 1, 1, 2 / 3, 1 / 3])]
+)
+def test_a_learning_rate_that_warms_up_rises_to_its_height_and_then_goes_its_way(kind, updates, rates):
+    settings = PpoSection(lr_scheduler_type=kind, warmup_updates=2, updates=updates, learning_rate=0.01)
+    optimizer = torch.optim.AdamW([torch.zeros(1)])
+    found = []
+    for update in range(updates):
+        ppo.set_learning_rate(optimizer, settings, update)
+        found.append(optimizer.param_groups[0]["lr"])
+    assert found == pytest.approx([0.01 * rate for rate in rates])
 
 
 # --- resuming --------------------------------------------------------------------------------------------------------

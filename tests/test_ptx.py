@@ -17,7 +17,7 @@ from rlaif.stages.ptx import Ptx, cut, read_texts, summed_loss
 pytestmark = pytest.mark.usefixtures("one_thread", "no_sync")
 functions, opened = tiny_ppo.functions, tiny_ppo.opened
 TEXT = "The cat sat on the mat, and the dog lay at the door. " * 6
-LEARNS = {"ptx_coef": 0.5, "ptx_file": "plain.txt", "ptx_length": 32, "ptx_batch": 3}
+LEARNS = {"ptx_coef": 0.5, "ptx_file": "plain.txt", "ptx_length": 32, "ptx_batch": 3, "ptx_heldout": 2}
 
 
 @pytest.fixture
@@ -117,6 +117,22 @@ def test_draws_depend_on_the_seed_alone_and_reach_every_chunk(opened, functions,
     assert seen == {tuple(chunk) for chunk in ptx.chunks}
 
 
+def test_some_chunks_are_held_out_and_their_loss_is_a_mean_over_their_tokens(opened, functions, text):
+    run = opened(reward_function="ones", **LEARNS)
+    base = assign_roles(run).base
+    ptx, whole = Ptx.load(run, base), cut(base, TEXT, 32)
+    assert len(ptx.heldout) == 2
+    assert sorted(ptx.chunks + ptx.heldout) == sorted(whole)
+    assert Ptx.load(run, base).heldout == ptx.heldout
+    ptx = ptx._replace(heldout=[ptx.heldout[0], ptx.heldout[1][:5]])
+    for microbatch in (1, 2):
+        assert ptx.figures(microbatch) == {"ptx/heldout_loss": pytest.approx(nll(base, ptx.heldout), rel=1e-5)}
+    for wanted, held_out in ((0, 0), (99, len(whole) // 2)):
+        other = Ptx.load(opened(f"{wanted}", reward_function="ones", **{**LEARNS, "ptx_heldout": wanted}), base)
+        assert (len(other.heldout), len(other.chunks)) == (held_out, len(whole) - held_out)
+    assert ptx._replace(heldout=[]).figures(1) == {}
+
+
 # --- in a run --------------------------------------------------------------------------------------------------------
 
 
@@ -128,8 +144,15 @@ def test_a_coefficient_of_0_is_plain_ppo_to_the_bit(opened, functions, text):
     ppo.ppo(off)
     on = opened("on", reward_function="small_letters", updates=2, **LEARNS)
     ppo.ppo(on)
-    assert results(off) == results(plain) and "policy/adapter_model.safetensors" in results(off)
+    without = [{key: value for key, value in row.items() if key != "ptx/heldout_loss"} for row in metrics(off)]
+    assert without == metrics(plain)
+    assert {**results(off), "metrics.jsonl": b""} == {**results(plain), "metrics.jsonl": b""}
+    assert "policy/adapter_model.safetensors" in results(off)
     assert "ptx/loss" not in metrics(off)[0]
+    assert [row["ptx/heldout_loss"] for row in (metrics(off)[0], metrics(on)[0])] == [
+        pytest.approx(math.log(259), abs=2)
+    ] * 2
+    assert "ptx/heldout_loss" not in metrics(plain)[0]
     assert metrics(on)[0]["ptx/loss"] == pytest.approx(math.log(259), abs=2)  # a model of random weights
     assert results(on)["policy/adapter_model.safetensors"] != results(plain)["policy/adapter_model.safetensors"]
 

@@ -186,6 +186,7 @@ def test_a_microbatch_may_be_larger_than_a_minibatch(tmp_path: Path) -> None:
             "advantage_estimator `reinforce` compares responses; rollout_batch of at least 2 is expected",
         ),
         (["ppo.advantage_estimator=ppo"], "Input should be 'gae', 'rloo', 'grpo', 'dr_grpo' or 'reinforce'"),
+        (["ppo.warmup_updates=9", "ppo.updates=8"], "warmup_updates is 9, and there are 8 updates in all"),
         (["ppo.ptx_coef=1"], "ptx_coef is above 0, but ptx_file names no text to learn from"),
         (["ppo.ptx_coef=1", "ppo.ptx_file=none.txt"], "ppo.ptx_file: no file `none.txt`; looked beside the recipe"),
         (["stages=[sft]"], "sft needs the stage `revise` before it"),

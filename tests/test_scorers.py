@@ -13,7 +13,7 @@ from rlaif.sections import Combination
 from rlaif.stages import evaluate, rejection
 from rlaif.stages.independent import kept_out
 from rlaif.stages.reward_model import RewardModel
-from rlaif.stages.scorers import BESIDE, scorers_of
+from rlaif.stages.scorers import BESIDE, functions_of, scorers_of
 
 TEXTS = ["ab", "abcabc", "x"]
 ROWS = [Prompt(id=f"p{number}", prompt="Hello?", tag="t") for number in range(3)]
@@ -95,3 +95,16 @@ def test_what_is_measured_beside_the_score_is_an_input_only_where_it_is_measured
         assert evaluate.inputs(run).keys() - plain.keys() == {"beside", "cost"}
     with tiny_runs.opened(tmp_path, tiny_model, ppo={"independent": [{"name": "r", "function": "brief"}]}) as run:
         assert evaluate.inputs(run).keys() - plain.keys() == {"beside", "independent"}
+    with tiny_runs.opened(tmp_path, tiny_model, ppo={"constraint": {"function": "brief"}}) as run:
+        assert evaluate.inputs(run).keys() - plain.keys() == {"beside", "cost_function"}
+
+
+def test_the_function_that_ppo_limits_gives_the_cost_and_not_an_adapter(tmp_path, tiny_model):
+    with finished(tmp_path, tiny_model, constraint={"function": "brief"}, reward_function="brief") as run:
+        found, _, _ = numbers(run)
+        assert found == {}
+        measured = {name: (called, function([], TEXTS)) for name, (called, function) in functions_of(run, None).items()}
+    assert measured == {"score": ("brief", [-0.1] * 3), "cost": ("brief", [-0.1] * 3)}
+    with finished(tmp_path, tiny_model, constraint={"cost": "reward"}) as run:
+        assert functions_of(run, None) == {}
+        assert "cost" in numbers(run)[0]

@@ -110,6 +110,12 @@ PPO_CURVES = (
         "Mean negative log-likelihood of a token of the text learned beside, in nats. It should not rise.",
         optional=True,
     ),
+    Curve(
+        "ptx/heldout_loss",
+        "Loss on held-out plain text",
+        "The same on chunks that are not learned from: what it rises by is what the policy forgets of plain text.",
+        optional=True,
+    ),
 )
 
 

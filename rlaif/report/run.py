@@ -8,7 +8,7 @@ gives the same bytes. The page loads nothing and runs nothing: its content secur
 from collections.abc import Callable, Sequence
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from markupsafe import Markup
 
@@ -17,15 +17,13 @@ from rlaif.documents import read_text
 from rlaif.errors import DataError
 from rlaif.prompting import sandbox
 from rlaif.recipe import OPTIONAL, ORDER
-from rlaif.report import curves, reward, wording
+from rlaif.report import curves, evaluation, reward, wording
 from rlaif.report.charts import interval_chart
 from rlaif.report.overoptimization import overoptimization_figures
 from rlaif.report.reading import (
     Chain,
-    Difference,
     PpoSample,
     Quality,
-    Results,
     Run,
     count_of,
     read_run,
@@ -36,21 +34,7 @@ MAX_CHAINS, MAX_QUARANTINED, MAX_ANSWERS = 12, 4, 15
 MAX_SAMPLED_PROMPTS, MAX_SAMPLED_UPDATES = 3, 6
 FEEDBACK = {"ai": "an AI labeller", "human": "people", "mixed": "an AI labeller and people"}
 _HERE = Path(__file__).resolve().parent
-_SCORES = (
-    ("score", "Reward score", wording.mean),
-    ("independent_score", "Independent score", wording.mean),
-    ("cost", "Cost", wording.mean),
-    ("unsafe", "Judged unsafe", wording.rate),
-)
 T = TypeVar("T")
-
-
-class Column(NamedTuple):
-    """One number of the evaluation in words, by policy and tag; `tags` are those without ``all``, in order."""
-
-    title: str
-    tags: list[str]
-    cells: dict[str, dict[str, str]]
 
 
 def write_report(run_folder: Path) -> Path:
@@ -80,6 +64,7 @@ def render(run: Run) -> str:
         number=wording.number,
         percent=wording.percent,
         points=wording.points,
+        change=wording.change,
         policy=wording.policy_name,
         rate=wording.rate,
         tag=wording.tag_name,
@@ -112,54 +97,11 @@ def _content(run: Run) -> dict[str, Any]:
         "ppo_figures": curves.ppo_figures(run.ppo, overoptimization_figures(run.ppo)),
         "versions": _versions(run),
         "rounds": read_rounds(run.folder, count_of(run.recipe)),
-        **(_of_evaluation(run.results) if run.results else {}),
+        **(evaluation.content(run.results) if run.results else {}),
+        "answers": alternate(run.results.samples if run.results else [], lambda row: row.tag, MAX_ANSWERS),
         **(_of_labels(run.quality, people=feedback == "mixed") if run.quality else {}),
         **(reward.content(run.reward_evaluation, run.cost_evaluation) if run.reward_evaluation else {}),
     }
-
-
-def _of_evaluation(results: Results) -> dict[str, Any]:
-    """Return sentences, the chart of refusals, differences by pair of policies, and samples of answers."""
-    tags = wording.in_order({tag for one in results.metrics.values() for tag in one.refusal})
-    groups = []
-    for tag in tags:
-        measured = [name for name in results.policies if tag in results.metrics[name].refusal]
-        bars = [
-            wording.bar(wording.policy_name(p), results.metrics[p].refusal[tag], _colour(results, p)) for p in measured
-        ]
-        groups.append((f"{wording.tag_name(tag)} prompts", bars))
-    changes: dict[str, dict[str, Difference]] = {}
-    for one in results.differences:
-        if one.metric == "refusal":
-            pair = f"{wording.policy_name(one.policy)} against {wording.policy_name(one.against)}"
-            changes.setdefault(pair, {})[one.tag] = one
-    columns = [_column(results, *one) for one in _SCORES]
-    return {
-        "findings": wording.findings(results),
-        "refusals": {
-            "tags": tags,
-            "chart": interval_chart(groups, title="Refusal rates with 95 % intervals"),
-        },
-        "changes": list(changes.items()),
-        "scores": [column for column in columns if column.cells],
-        "beside": [column for column in columns[1:] if column.cells],
-        "has_cost": any(one.cost for one in results.metrics.values()),
-        "answers": alternate(results.samples, lambda row: row.tag, MAX_ANSWERS),
-    }
-
-
-def _column(results: Results, key: str, title: str, write: Callable[[Any], str]) -> Column:
-    """Return a number of all policies; no cells where none of them has it."""
-    found = {policy: getattr(results.metrics[policy], key) or {} for policy in results.policies}
-    tags = wording.in_order({tag for by_tag in found.values() for tag in by_tag})
-    cells = {policy: {tag: write(by_tag.get(tag)) for tag in ("all", *tags)} for policy, by_tag in found.items()}
-    return Column(title, [tag for tag in tags if tag != "all"], cells if tags else {})
-
-
-def _colour(results: Results, policy: str) -> int:
-    """Return grey for the base model and a colour for each other policy."""
-    others = [name for name in results.policies if name != "base"]
-    return 3 if policy == "base" else others.index(policy) % 3
 
 
 def _of_labels(quality: Quality, people: bool) -> dict[str, Any]:

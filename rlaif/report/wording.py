@@ -6,14 +6,14 @@ difference whose interval includes zero says that no difference was shown.
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from rlaif import health
 from rlaif.health import HealthSection
 from rlaif.report.charts import Bar, short
 from rlaif.report.labels import Mean, Quality, Rate, Safety
-from rlaif.report.reading import Difference, Metrics, Results, WinRate
+from rlaif.report.reading import Difference, Metrics, WinRate
 
 NONE = "\u2013"
 SHORT_POLICIES = {
@@ -116,20 +116,29 @@ def mean(value: Mean | None) -> str:
     width = value.high - value.low
     if width <= 0:
         return f"{number(value.mean)}\u00a0[{number(value.low)},\u00a0{number(value.high)}]"
-    digits = max(0, 1 - math.floor(math.log10(width)))
+    digits = _supported(width)
     low, high = _fixed(value.low, digits), _fixed(value.high, digits)
     return f"{_fixed(value.mean, digits)}\u00a0[{low},\u00a0{high}]"
 
 
 def points(value: Difference) -> str:
     """Write a difference and its interval in percentage points: ``+68 [60, 76]``."""
+    return _difference(value, 100, _digits)
+
+
+def change(value: Difference | None) -> str:
+    """Write a difference of means and its interval: ``+0.16 [-0.12, 0.45]``."""
+    return NONE if value is None else _difference(value, 1, _supported)
+
+
+def _difference(value: Difference, unit: int, digits_of: Callable[[float], int]) -> str:
     if value.difference is None or not known(value.difference):
         return NONE
     if value.low is None or value.high is None or not (known(value.low) and known(value.high)):
-        return _signed(value.difference * 100, 0)
-    digits = _digits((value.high - value.low) * 100)
-    low, high = _fixed(value.low * 100, digits), _fixed(value.high * 100, digits)
-    return f"{_signed(value.difference * 100, digits)}\u00a0[{low},\u00a0{high}]"
+        return _signed(value.difference * unit, digits_of(abs(value.difference) * unit))
+    digits = digits_of((value.high - value.low) * unit)
+    low, high = _fixed(value.low * unit, digits), _fixed(value.high * unit, digits)
+    return f"{_signed(value.difference * unit, digits)}\u00a0[{low},\u00a0{high}]"
 
 
 def duration(seconds: float | None) -> str:
@@ -165,22 +174,6 @@ def shown(low: float | None, high: float | None, null: float = 0.0) -> bool | No
     if low is None or high is None or not (known(low) and known(high)):
         return None
     return not low <= null <= high
-
-
-def findings(results: Results) -> list[str]:
-    """Say in plain sentences what the evaluation showed: refusals first, then the judge's preference.
-
-    The last policy is compared first; every pair of policies that the evaluation compared has its sentences.
-    """
-    refusals = [one for one in results.differences if one.metric == "refusal"]
-    pairs = list(dict.fromkeys((one.policy, one.against) for one in refusals))
-    rank = {policy: place for place, policy in enumerate(results.policies)}
-    pairs.sort(key=lambda pair: (-rank.get(pair[0], -1), rank.get(pair[1], -1)))
-    sentences = []
-    for policy, against in pairs:
-        of_pair = [one for one in refusals if (one.policy, one.against) == (policy, against)]
-        sentences.append(_comparison(results, policy, against, of_pair))
-    return sentences + [_preference(one) for one in results.win_rates]
 
 
 def ppo_findings(rows: Metrics, settings: Any) -> list[str]:
@@ -280,40 +273,6 @@ def _safety(found: Safety) -> list[str]:
     return sentences
 
 
-def _comparison(results: Results, policy: str, against: str, differences: Sequence[Difference]) -> str:
-    """Say where one policy refuses more, fewer, or shows no difference."""
-    changed: list[str] = []
-    same: list[str] = []
-    ordered = in_order(one.tag for one in differences)
-    for one in sorted(differences, key=lambda item: ordered.index(item.tag)):
-        rates = [results.metrics[name].refusal.get(one.tag) for name in (policy, against) if name in results.metrics]
-        known_rates = [percent(value.rate) for value in rates if value is not None]
-        against_words = f"{' against '.join(known_rates)}; " if len(known_rates) == 2 else ""
-        detail = f"{tag_name(one.tag)} prompts ({against_words}{points(one)} points)"
-        if not shown(one.low, one.high):
-            same.append(detail)
-        else:
-            changed.append(f"{'more' if (one.difference or 0) > 0 else 'fewer'} {detail}")
-    name, other = POLICIES.get(policy, policy), POLICIES.get(against, against)
-    words = []
-    if changed:
-        words.append(f"Compared with {other}, {name} refuses {listed(changed)}.")
-    if same:
-        lead = "No difference shown on" if changed else f"Between {name} and {other}, no difference shown on"
-        words.append(f"{lead} {listed(same)}.")
-    return " ".join(words)
-
-
-def _preference(one: WinRate) -> str:
-    name, other = POLICIES.get(one.policy, one.policy), POLICIES.get(one.against, one.against)
-    pairs = f"{count(one.n)} {'pair' if one.n == 1 else 'pairs'} of answers"
-    says = f"Of {pairs}, the judge prefers {name}\u2019s to {other}\u2019s in {rate(one)}"
-    differs = shown(one.low, one.high, 0.5)
-    if differs is None:
-        return says + "."
-    return says + ("." if differs else ": the interval includes one half, so no preference shown.")
-
-
 def listed(parts: Sequence[str]) -> str:
     """Join words with commas."""
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
@@ -321,6 +280,11 @@ def listed(parts: Sequence[str]) -> str:
 
 def _digits(width: float) -> int:
     return 0 if width >= 5 else 1
+
+
+def _supported(width: float) -> int:
+    """Return how many digits after the point an interval of this width supports."""
+    return max(0, 1 - math.floor(math.log10(width))) if width > 0 else 2
 
 
 def _fixed(value: float, digits: int) -> str:

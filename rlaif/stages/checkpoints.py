@@ -73,7 +73,7 @@ def restore(
     """Load the newest complete checkpoint, if there is one; return how many updates are done and the reward's scale."""
     folder = run.stage_folder(STAGE)
     if leads():
-        checkpoint = resume_point(run, folder)
+        checkpoint = resume_point(run, folder, measured_at_end=False)
         _cut_samples(folder / SAMPLES, step_of(checkpoint))
     else:  # the first process has cleared away what is not complete
         newest = files.newest_complete(folder / CHECKPOINTS, "checkpoint-*")

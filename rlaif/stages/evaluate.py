@@ -1,8 +1,8 @@
 """Stage `evaluate`: the base and the policies of all stages on prompts that nothing was trained on.
 
 For each policy: refusals by tag, the reward score, beside it the independent score and the cost where there are such,
-the KL to the reference on its own responses, length; between policies: paired differences of refusal rates, and win
-rates by the judges of `label` or by one of its own. Every figure has a 95 % interval.
+the KL to the reference on its own responses, length; between policies: paired differences of refusal rates and of
+mean scores, and win rates by the judges of `label` or by one of its own. Every figure has a 95 % interval.
 
 Writes ``results.json`` and ``responses.jsonl``.
 """
@@ -27,12 +27,12 @@ from rlaif.rounds import OPTIMIZERS
 from rlaif.stages.candidates import Candidate, Engines, of_prompt
 from rlaif.stages.composite import composite_inputs
 from rlaif.stages.gate import KEPT, kept_policy
-from rlaif.stages.judged_reward import reward_function, reward_inputs
+from rlaif.stages.judged_reward import reward_inputs
 from rlaif.stages.revise import question
 from rlaif.stages.reward_model import CALIBRATION
 from rlaif.stages.rewards import score_rows
 from rlaif.stages.run import Run, path_sha256, templates
-from rlaif.stages.scorers import BESIDE, MICROBATCH, Scorer, beside_inputs, cost_input, scorers_of
+from rlaif.stages.scorers import BESIDE, MICROBATCH, SCORE, Scorer, beside_inputs, cost_input, functions_of, scorers_of
 from rlaif.stages.votes import asked, cast, judges_of, panel_of, settings_of
 
 NAME = "evaluate"
@@ -130,7 +130,7 @@ def evaluate(run: Run) -> dict[str, Any]:
                 "tag": row.prompt.tag,
                 "prompt": row.prompt.prompt,
             }
-            | {key: getattr(row, key) for key in Response._fields[1:] if key not in BESIDE or key in scorers}
+            | {key: value for key in Response._fields[1:] if (value := getattr(row, key)) is not None or key == SCORE}
             for name, rows in responses.items()
             for row in rows
         ],
@@ -206,11 +206,9 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Return each response's numbers: its log-ratio to the reference, its score (None without a reward), and others."""
     measured: list[dict[str, Any]] = [{"score": None, "kl": 0.0} for _ in texts]
-    name = run.recipe.ppo.reward_function if "ppo" in run.recipe.stages else None
-    if name:
-        found = reward_function(run, base, NAME)
-        for row, value in enumerate(score_rows(name, found, prompts, texts)):
-            measured[row]["score"] = value
+    for key, (name, function) in functions_of(run, base).items():
+        for row, value in enumerate(score_rows(name, function, prompts, texts)):
+            measured[row][key] = value
     with run.progress.task(f"scores of {role}", len(texts)) as task:
         for rows in sampling.batches_by_length([len(p) + len(r) for p, r in encoded], MICROBATCH):
             pairs = [(encoded[row][0], encoded[row][1] or [base.tokenizer.end_of_turn]) for row in rows]
@@ -269,16 +267,19 @@ def rate(flags: Sequence[bool]) -> dict[str, Any]:
 
 
 def differences(responses: dict[str, list[Response]]) -> list[dict[str, Any]]:
-    """Return paired differences of refusal rates between policies, by tag."""
+    """Return paired differences between policies: of refusal rates by tag, and of mean scores over all prompts."""
     result = []
     for against, policy in itertools.combinations(responses, 2):
-        for tag in sorted({row.prompt.tag for row in responses[policy]}):
-            ours, theirs = (
-                [float(row.refused) for row in responses[name] if row.prompt.tag == tag] for name in (policy, against)
-            )
-            found = agreement.paired_bootstrap(ours, theirs)
-            head = {"policy": policy, "against": against, "metric": "refusal", "tag": tag, "n": len(ours)}
-            result.append(head | found._asdict())
+        pairs = list(zip(responses[policy], responses[against], strict=True))
+        measured: dict[tuple[str, str], list[tuple[float, float]]] = {
+            ("refusal", tag): [(a.refused, b.refused) for a, b in pairs if a.prompt.tag == tag]
+            for tag in sorted({row.prompt.tag for row in responses[policy]})
+        }
+        measured |= {(key, "all"): [(getattr(a, key), getattr(b, key)) for a, b in pairs] for key in (SCORE, *BESIDE)}
+        for (metric, tag), values in measured.items():
+            if None not in values[0]:
+                head = {"policy": policy, "against": against, "metric": metric, "tag": tag, "n": len(values)}
+                result.append(head | agreement.paired_bootstrap(*zip(*values, strict=True))._asdict())
     return result
 
 

@@ -207,8 +207,16 @@ def estimate(settings: PpoSection, rewards: Tensor, values: Tensor, mask: Tensor
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, settings: PpoSection, update: int) -> None:
-    """Set the learning rate of an update: constant, or falling linearly to 0 after the last."""
-    share = 1 - update / settings.updates if settings.lr_scheduler_type == "linear" else 1.0
+    """Set the learning rate of an update: rising in the first, then constant, or falling linearly to 0 after the last.
+
+    Adam's first steps have the size of the learning rate in every direction, whatever the gradients' noise.
+    """
+    rising, left = settings.warmup_updates, settings.updates - update
+    share = 1.0
+    if update < rising:
+        share = (update + 1) / rising
+    elif settings.lr_scheduler_type == "linear":
+        share = left / (settings.updates - rising)
     for group in optimizer.param_groups:
         group["lr"] = settings.learning_rate * share
 
@@ -232,6 +240,7 @@ def optimize(
     settings = actors.settings
     count = len(rollout.logprobs)
     totals: dict[str, float] = {}
+    of_text = ptx.figures(settings.microbatch) if ptx else {}  # as responses are, of the policy before the update
     steps, moved = 0, 0.0
     aggregation = Aggregation(settings.aggregation, settings.sampling.max_new_tokens)
     for epoch in range(settings.num_ppo_epochs):
@@ -251,7 +260,7 @@ def optimize(
                 for key, value in backward(actors, part, tokens, share, aggregation, kl_coef).items():
                     weight = share if key == "policy/loss" else tokens
                     totals[key] = totals.get(key, 0.0) + value * weight.item()
-            if ptx:
+            if ptx and settings.ptx_coef:
                 loss = ptx.backward(run.seed(NAME, update, "ptx", steps), settings)
                 totals["ptx/loss"] = totals.get("ptx/loss", 0.0) + loss
             shares.add_gradients(trainable)
@@ -265,7 +274,7 @@ def optimize(
         before, moved = moved, shares.added(totals)["policy/kl_to_old"]
         if settings.target_kl and (moved - before) / (count // settings.minibatch) > settings.target_kl:
             break
-    figures = {key: value / steps for key, value in shares.added(totals).items()}
+    figures = {key: value / steps for key, value in shares.added(totals).items()} | of_text
     return figures | {"policy/learning_rate": optimizer.param_groups[0]["lr"], "policy/epochs": epoch + 1}
 
 

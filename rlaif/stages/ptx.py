@@ -3,6 +3,9 @@
 Equation 2 there adds the log-likelihood of pretraining text to PPO's objective. Here its mean over tokens is added, at
 temperature 1, times `ptx_coef`; with an adapter the gradient reaches only the adapter. Which chunks an optimizer step
 sees is a function of a seed, so that a resumed run sees the same.
+
+Some chunks are held out: nothing is learned from them, and their loss, which says what is forgotten, is logged. With a
+`ptx_coef` of 0 that is all the text is for.
 """
 
 from pathlib import Path
@@ -25,17 +28,18 @@ class Ptx(NamedTuple):
     """The text: chunks of token ids, none across two documents."""
 
     base: SharedBase
-    chunks: list[list[int]]
+    chunks: list[list[int]]  # to learn from
+    heldout: list[list[int]]
 
     @classmethod
     def load(cls, run: Run, base: SharedBase) -> "Ptx | None":
-        """Read a run's text; None where it learns none.
+        """Read a run's text; None where it has none.
 
         Raises:
             DataError: the file holds no text, or a chunk does not fit the model's context.
         """
         settings, path = run.recipe.ppo, run.loaded.ptx_file
-        if not settings.ptx_coef or path is None:
+        if path is None:
             return None
         if settings.ptx_length > base.max_length:
             raise DataError(
@@ -44,13 +48,28 @@ class Ptx(NamedTuple):
             )
         chunks = [chunk for text in read_texts(path) for chunk in cut(base, text, settings.ptx_length)]
         if not chunks:
-            raise DataError(f"{path}: no text of at least two tokens, and ppo.ptx_coef is above 0. Give it a text.")
-        return cls(base, chunks)
+            raise DataError(f"{path}: no text of at least two tokens, and it is ppo.ptx_file. Give it a text.")
+        apart = min(settings.ptx_heldout, len(chunks) // 2)
+        seed = torch.Generator().manual_seed(run.seed("ptx", "heldout"))
+        order = torch.randperm(len(chunks), generator=seed).tolist()
+        return cls(base, [chunks[place] for place in order[apart:]], [chunks[place] for place in order[:apart]])
 
     def draw(self, seed: int, count: int) -> list[list[int]]:
         """Return so many chunks, drawn with replacement."""
         draws = torch.randint(len(self.chunks), (count,), generator=torch.Generator().manual_seed(seed))
         return [self.chunks[index] for index in draws.tolist()]
+
+    @torch.no_grad()
+    def figures(self, microbatch: int) -> dict[str, float]:
+        """Return the policy's loss on the chunks held out, in nats per token; nothing where there are none."""
+        if not self.heldout:
+            return {}
+        own, total = list(shares.own(self.heldout)), 0.0
+        for start in range(0, len(own), microbatch):
+            with self.base.acting_as(POLICY):
+                total += summed_loss(self.base, own[start : start + microbatch]).item()
+        targets = sum(len(chunk) - 1 for chunk in self.heldout)
+        return shares.added({"ptx/heldout_loss": total / targets})
 
     def backward(self, seed: int, settings: PpoSection) -> float:
         """Add the gradients of one optimizer step's text to the policy's; return its loss in nats per token."""
@@ -67,9 +86,9 @@ class Ptx(NamedTuple):
 
 
 def ptx_files(run: Run) -> dict[str, Path]:
-    """Return the text that PPO's result depends on, for the stage's inputs; nothing where it learns none."""
+    """Return the text of a run, for the inputs of the stage; nothing where it has none."""
     path = run.loaded.ptx_file
-    return {"ptx": path} if path and run.recipe.ppo.ptx_coef else {}
+    return {"ptx": path} if path else {}
 
 
 def read_texts(path: Path) -> list[str]:

@@ -50,6 +50,7 @@ _NOT_DETERMINING = {
 }
 # Keys that count only where they are not at their default, so that runs from before they counted stay up to date.
 _LATER = {"critic", "final_entropy_coef", "final_temperature", "importance_cap", "reference_share"}
+_LATER |= {"ptx_heldout", "warmup_updates"}
 # Keys that decide how many rows are computed at a time. They count as their defaults, so that memory which has run out
 # costs no finished work.
 _ROWS_AT_A_TIME = ("batch_size", "microbatch")

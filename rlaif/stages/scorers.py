@@ -11,7 +11,9 @@ from rlaif.model.sampling import Batch
 from rlaif.records import Prompt
 from rlaif.stages.composite import Composite, cost_stage, load_cost, ppo_scale
 from rlaif.stages.independent import independent_inputs, independent_of, independent_scores, optimized
+from rlaif.stages.judged_reward import reward_function
 from rlaif.stages.reward_model import COST, RewardModel
+from rlaif.stages.rewards import RewardFunction, find_function
 from rlaif.stages.run import Run
 
 MICROBATCH = 8
@@ -24,8 +26,7 @@ def scorers_of(run: Run, base: SharedBase) -> dict[str, Scorer]:
     """Return what gives each response its numbers, by their names; one that the run has no source for is left out.
 
     The score is on PPO's scale and without penalties for a missing end: that of the parts of its reward, or of the
-    reward model without the members that PPO did without. That of `ppo.reward_function` is found elsewhere, for all
-    responses at once.
+    reward model without the members that PPO did without. What registered functions say, `functions_of` has.
 
     Raises:
         StageError: PPO has not finished, or there is no cost adapter.
@@ -45,27 +46,51 @@ def scorers_of(run: Run, base: SharedBase) -> dict[str, Scorer]:
     if independent:
         independent.use(ppo_scale(run)["independent"])
         found[INDEPENDENT] = lambda rows, texts, batch: independent_scores(independent, rows, texts, batch)
-    if measures_cost(run) and (whole or run.recipe.ppo.costs):
+    if _has_cost_adapter(run) and not _cost_function(run) and (whole or run.recipe.ppo.costs):
         known = [one.cost for one in (composite, independent) if one and one.cost]
         found[COSTS] = _of_model(known[0] if known else load_cost(run, base, whole), base)
     return found
 
 
-def measures_cost(run: Run) -> bool:
-    """Tell whether responses are given costs: PPO takes a cost adapter, or the stage `reward` trains one."""
+def functions_of(run: Run, base: SharedBase) -> dict[str, tuple[str, RewardFunction]]:
+    """Return the functions that PPO was given, with their names: `ppo.reward_function` and that of its constraint.
+
+    They are asked for all responses of a policy at once.
+
+    Raises:
+        ConfigError: one is not registered.
+    """
+    found, name, cost = {}, run.recipe.ppo.reward_function, _cost_function(run)
+    if name and "ppo" in run.recipe.stages:
+        found[SCORE] = name, reward_function(run, base, "evaluate")
+    if cost:
+        found[COSTS] = cost, find_function(cost, "ppo.constraint.function")
+    return found
+
+
+def _has_cost_adapter(run: Run) -> bool:
+    """Tell whether PPO takes a cost adapter, or the stage `reward` trains one."""
     return bool(run.recipe.ppo.costs) or ("reward" in run.recipe.stages and run.recipe.reward.cost)
 
 
+def _cost_function(run: Run) -> str | None:
+    """Return the name of the function whose mean PPO limits; where there is one, it gives responses their cost."""
+    constraint = run.recipe.ppo.constraint if "ppo" in run.recipe.stages else None
+    return constraint.function if constraint else None
+
+
 def cost_input(run: Run) -> dict[str, Any]:
-    """Return the cost adapter as a file that `evaluate` reads; nothing where it measures no cost."""
-    return {"cost": cost_stage(run) / COST / "adapter"} if measures_cost(run) else {}
+    """Return the cost adapter as a file that `evaluate` reads; nothing where it reads none."""
+    return {"cost": cost_stage(run) / COST / "adapter"} if _has_cost_adapter(run) else {}
 
 
 def beside_inputs(run: Run) -> dict[str, Any]:
     """Return what is measured beside the score, for the stage's inputs; nothing where nothing is."""
     independent = independent_inputs(run) if "ppo" in run.recipe.stages else {}
-    beside = [name for name, used in zip(BESIDE, (bool(independent), measures_cost(run)), strict=True) if used]
-    return independent | ({"beside": beside} if beside else {})
+    function = _cost_function(run)
+    measured = bool(independent), _has_cost_adapter(run) or bool(function)
+    beside = [name for name, used in zip(BESIDE, measured, strict=True) if used]
+    return independent | ({"beside": beside} if beside else {}) | ({"cost_function": function} if function else {})
 
 
 def _reward_model(run: Run, base: SharedBase) -> RewardModel | None:

@@ -74,6 +74,7 @@ def _recipe(options: argparse.Namespace) -> dict[str, Any]:
             "start_from": "base",
             "max_length": options.max_length,
             "num_train_epochs": options.lora_epochs,
+            "learning_rate": options.lora_learning_rate,
             "num_heads": options.members,
             "allow_weak_reward": True,
         },

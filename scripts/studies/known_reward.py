@@ -82,6 +82,13 @@ class Variant(NamedTuple):
     sets: Sequence[str] = ()
 
 
+CURVES = [
+    "variant",
+    "seed",
+    "score by update, in deviations",
+    "moved by an update, thousandths of a nat per token",
+    "loss on plain text, first and last",
+]
 Part = tuple[str, dict | str, Sequence[Variant]]  # its name, the content of a recipe or the name of one, its rows
 
 
@@ -94,6 +101,8 @@ class Outcome(NamedTuple):
     entropy: float  # nats a token, over the last updates
     before: float  # words of the untrained model
     curve: list[float]  # the mean score of each update, in deviations from the first
+    moved: list[float]  # nats per token from the policy that sampled to those of an update's steps, their mean
+    text: list[float]  # nats per token of text that is not learned from, before each update; empty: there is none
 
 
 def parser(description: str) -> argparse.ArgumentParser:
@@ -156,6 +165,8 @@ def read(folder: Path) -> Outcome:
         fmean(row["policy/entropy"] for row in updates[-LAST:]),
         fmean(words_of([row for row in answers if row["policy"] == "base"])),
         [row["rollout/score"] for row in updates],
+        [row["policy/kl_to_old"] for row in updates],
+        [row["ptx/heldout_loss"] for row in updates if "ptx/heldout_loss" in row],
     )
 
 
@@ -181,9 +192,15 @@ def rows_of(found: dict[str, list[Outcome]]) -> Table:
 
 
 def curves_of(found: dict[str, list[Outcome]]) -> Table:
-    """Return a row for each variant and seed: the mean score of every fourth update, and of the last."""
+    """Return a row for each variant and seed: of every fourth update, and of the last."""
     return [
-        [name, str(seed), " ".join(f"{value:.1f}" for value in [*one.curve[:-1:4], one.curve[-1]])]
+        [
+            name,
+            str(seed),
+            " ".join(f"{value:.1f}" for value in [*one.curve[:-1:4], one.curve[-1]]),
+            " ".join(f"{1000 * value:.1f}" for value in [*one.moved[:-1:4], one.moved[-1]]),
+            " ".join(f"{value:.3f}" for value in [*one.text[:1], *one.text[1:][-1:]]),
+        ]
         for name, seeds in found.items()
         for seed, one in enumerate(seeds, 1)
     ]
@@ -200,7 +217,7 @@ def main(parts: Sequence[Part], options: argparse.Namespace, *, curves: Sequence
                 print(f"\n{name}, {options.seeds} seeds, {updates} updates; untrained: {before} words\n")
                 print(table(COLUMNS, rows_of(found)))
                 if name in curves:
-                    print("\n" + table(["variant", "seed", "score by update, in deviations"], curves_of(found)))
+                    print("\n" + table(CURVES, curves_of(found)))
     except RlaifError as problem:
         print(problem, file=sys.stderr)
         return 2

@@ -16,7 +16,7 @@ from rlaif.human.labels import read_comparisons
 from rlaif.maths.agreement import wilson
 from rlaif.model.roles import SharedBase
 from rlaif.progress import Progress
-from rlaif.recipe import ModelSection
+from rlaif.recipe import ModelSection, RewardSection
 from rlaif.records import Comparison
 from rlaif.stages.reward_data import usable
 
@@ -58,6 +58,7 @@ def parser(description: str, rates: Sequence[float]) -> argparse.ArgumentParser:
         options.add_argument(f"--{name.replace('_', '-')}", type=kind, default=given, help=f"of the heads: {given}")
     options.add_argument("--lora", type=float, nargs="*", default=[], help="rates for the reward stage itself")
     options.add_argument("--lora-epochs", type=float, default=1.0)
+    options.add_argument("--lora-learning-rate", type=float, default=RewardSection().learning_rate)
     options.add_argument("--lora-folder", type=Path, help="where their run folders go; needed with --lora")
     return options
 
