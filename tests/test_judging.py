@@ -128,6 +128,7 @@ def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: HostileServe
     return run_tests(tmp_path / "small.yaml", load_recipe(tmp_path / "served.yaml"), said)
 
 
+@pytest.mark.slow
 def test_a_server_of_a_recipe_judges_by_its_log_probabilities(tmp_path, monkeypatch):
     monkeypatch.setenv("JUDGE_KEY", "k")
     with HostileServer(by_letters) as server:

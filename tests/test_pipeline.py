@@ -167,6 +167,7 @@ def test_a_changed_key_makes_exactly_the_stages_that_it_determines_stale(copied,
     assert reasons(stale(copied(**changes))) == expected
 
 
+@pytest.mark.slow
 def test_a_stage_whose_file_was_changed_runs_again_and_the_others_do_not(copied):
     loaded = copied()
     folder = loaded.recipe.folder()

@@ -247,6 +247,7 @@ def test_scores_of_a_function_have_mean_0_and_deviation_1_in_the_first_rollout_a
     assert scores_of(run) == pytest.approx([(value - mean) / deviation for value in letters], abs=1e-5)
 
 
+@pytest.mark.slow
 def test_the_judges_rating_can_be_the_reward_and_is_asked_once_for_each_response(opened):
     """The tiny model rates as the base role, with nearly nothing on the numbers: the floor is taken away."""
     run = opened(reward_function="judge", updates=2, sections={"label": {"min_option_mass": 0.0}})

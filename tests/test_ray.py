@@ -200,6 +200,7 @@ def test_what_a_stage_depends_on_names_the_device_and_not_the_cluster(
     assert revise.inputs(make_run(tmp_path, monkeypatch)) != inputs()
 
 
+@pytest.mark.slow
 def test_a_plan_starts_no_cluster_and_knows_what_workers_have_answered(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -76,6 +76,7 @@ def test_every_parameter_of_the_reward_role_moves_and_nothing_else(opened, tiny_
     assert len(started) == 2 * 2 * 2 + 1  # A and B of seven projections in two layers, and the head
 
 
+@pytest.mark.slow
 def test_the_loss_falls_and_better_answers_win_on_prompts_never_trained_on(opened):
     run = opened(max_steps=24, num_train_epochs=20.0, per_device_train_batch_size=4, save_steps=24)
     counts = reward.reward(run)
@@ -225,6 +226,7 @@ def test_the_saved_adapter_gives_the_same_scores_with_plain_peft_and_transformer
     assert abs(ours[0] - ours[1]) > 0.01
 
 
+@pytest.mark.slow
 def test_training_starts_from_the_sft_adapter_where_the_recipe_has_one(opened):
     run = opened(start_from="sft", max_steps=1, learning_rate=1e-30)
     base = run.load_base()
@@ -267,6 +269,7 @@ def test_rows_of_weight_0_alone_are_refused(opened):
 # --- rankings, ratings, several heads and adapters -------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_rankings_and_ratings_are_learned_from_beside_comparisons(opened):
     run = opened(max_steps=2, per_device_train_batch_size=4)
     label = run.stage_folder("label")

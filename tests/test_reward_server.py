@@ -1,5 +1,6 @@
 """The HTTP scorer on real sockets: garbage, slowness, too many connections; and as a process of its own."""
 
+import functools
 import http.client
 import json
 import os
@@ -37,6 +38,7 @@ def server(scorer):
     said = []
     server = Server(("127.0.0.1", 0), Service(scorer, name="mine"), said.append)
     server.said = said
+    server.serve_forever = functools.partial(server.serve_forever, 0.01)  # looks that often whether to end
     thread = threading.Thread(target=server.run)
     thread.start()
     yield server

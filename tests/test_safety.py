@@ -255,6 +255,7 @@ def test_an_edit_of_a_harmless_principle_asks_its_votes_again_and_no_others(make
     assert [p.id for p in tagged(old, ["harmless"]).principles] == ["safe", "lawful"] and len(rows) == 5
 
 
+@pytest.mark.slow
 def test_a_sign_leads_back_to_its_answers_in_the_journal(make: Maker) -> None:
     run = make()
     rows, _ = labelled(run)

@@ -66,6 +66,7 @@ def writes(asked: Asked) -> Reply:
 # --- revise ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_stage_that_only_servers_answer_loads_no_model(make: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
     with HostileServer(writes) as server:
         run = no_base(make(engines=engines(server), revise=SERVED), monkeypatch)
@@ -128,6 +129,7 @@ def test_steps_before_the_failure_are_demonstrations_where_all_rounds_are(make: 
         assert (counts["kept"], counts["failed"]) == (4, 1)
 
 
+@pytest.mark.slow
 @settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(0, 2**32), st.sampled_from(["all", "last"]), st.integers(1, 2))
 def test_rows_in_are_rows_kept_set_aside_and_failed_whatever_fails(
@@ -199,6 +201,7 @@ def test_a_judge_that_writes_its_verdict_is_marked_as_one(make: Maker) -> None:
     assert {round(row["preference"], 6) for row in rows} == {0.9}
 
 
+@pytest.mark.slow
 def test_a_judge_that_answers_no_test_is_below_every_floor(make: Maker) -> None:
     with HostileServer(lambda asked: choice({"A": 0.5}) if asked.is_probe else error(400, "no")) as server:
         run = make(ScriptedEngine(usual), engines=engines(server), label={"judge": "big"})
@@ -206,6 +209,7 @@ def test_a_judge_that_answers_no_test_is_below_every_floor(make: Maker) -> None:
             label.label(run)
 
 
+@pytest.mark.slow
 def test_a_chain_that_failed_is_no_comparison(make: Maker) -> None:
     with HostileServer(lost("response", "bicycle")) as server:
         sections = {"engines": engines(server), "revise": SERVED, "label": {"method": "revision", "judge": "big"}}
@@ -303,6 +307,7 @@ def test_running_a_stage_again_asks_again_what_was_refused(make: Maker, monkeypa
     assert manifest.counts["failed"] == 0
 
 
+@pytest.mark.slow
 def test_no_key_is_in_a_run_folder_or_a_report(
     make: Maker, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:

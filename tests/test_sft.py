@@ -77,7 +77,8 @@ def test_only_the_tokens_of_the_answer_and_the_end_of_the_turn_are_learned(opene
     assert encoded["input_ids"][-1] == base.tokenizer.end_of_turn
 
 
-@pytest.mark.parametrize("four_bit", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("four_bit", [False, True])
 def test_every_parameter_of_the_policy_moves_and_nothing_else(opened, tiny_model_64, four_bit, monkeypatch):
     run = opened(model=tiny_model_64, four_bit=four_bit, max_steps=2)
     kept = watch_base(monkeypatch)
@@ -95,6 +96,7 @@ def test_every_parameter_of_the_policy_moves_and_nothing_else(opened, tiny_model
     assert len(started) == 2 * 2 * 2  # A and B of two projections in two layers
 
 
+@pytest.mark.slow
 def test_the_loss_falls_on_trained_and_held_out_answers_and_each_step_has_its_row(opened):
     run = opened(max_steps=12, heldout_fraction=0.3, save_steps=12)
     counts = sft.sft(run)
