@@ -9,7 +9,7 @@ import pytest
 from rlaif.errors import ConfigError, DataError
 from rlaif.records import Prompt
 from rlaif.stages import rewards
-from rlaif.stages.rewards import brief, call_function, find_function
+from rlaif.stages.rewards import brief, call_function, curt, find_function
 
 
 def test_a_registered_function_is_found() -> None:
@@ -94,3 +94,9 @@ def test_brief_scores_minus_a_tenth_of_the_number_of_words(text: str, score: flo
 
 def test_brief_scores_each_response() -> None:
     assert brief(["P", "Q"], ["to be", "incomprehensible"]) == [-0.2, -0.1]
+
+
+def test_a_response_without_a_word_is_the_worst_for_brief_and_the_curtest_for_curt() -> None:
+    texts = ["to be", "...", "one"]
+    assert brief(["P"] * 3, texts) == [-0.2, -10.0, -0.1]
+    assert find_function("curt")(["P"] * 3, texts, tag=["t"] * 3) == curt(["P"] * 3, texts) == [-0.2, 0.0, -0.1]
