@@ -19,13 +19,13 @@ from rlaif.documents import (
     Problem,
     Severity,
     canonical_json,
-    describe,
     fingerprint,
     load_yaml,
     shipped,
 )
 from rlaif.errors import ConstitutionError
 from rlaif.principles import ID, Entry, Example, Id, JudgeTest, Principle, Text, WorkedComparison
+from rlaif.validation import describe
 
 __all__ = [
     "Constitution",

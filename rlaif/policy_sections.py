@@ -1,10 +1,58 @@
-"""Sections of a recipe: fine-tuning a policy on demonstrations, on comparisons, or on its best samples."""
+"""Sections of a recipe: revisions, and fine-tuning a policy on them, on comparisons, or on its best samples."""
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from rlaif.sections import Fraction, Positive, PositiveFloat, TrainingSection, WarmSamplingSection
+from rlaif.endpoints import BASE
+from rlaif.filters import REASONS
+from rlaif.sections import (
+    Fraction,
+    Positive,
+    PositiveFloat,
+    SamplingSection,
+    Section,
+    TrainingSection,
+    WarmSamplingSection,
+)
+
+
+class ReviseSection(Section):
+    """Response, critique, revision."""
+
+    sampling: SamplingSection = SamplingSection()
+    prompts_per_tag: dict[str, Positive] = Field({}, description="how many train prompts of each tag; absent: all")
+    revise_tags: list[str] = Field(["harmful"], description="tags whose responses are critiqued and revised")
+    rounds: Positive = Field(1, description="critique-revision steps per chain")
+    critique: bool = Field(True, description="False: revise at once, without a critique before it")
+    helpful_samples: Positive = Field(1, description="responses to each prompt whose answer is not revised")
+    keep_unchanged: bool = Field(False, description="keep an answer whose critique finds nothing to change")
+    near_duplicate: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        0.9, description="share of common word triples from which a demonstration is one that is there already"
+    )
+    demonstrations: Literal["all", "last"] = Field("all", description="which rounds' revisions become demonstrations")
+    few_shot: int = Field(3, ge=0, description="worked examples of the constitution shown before each request")
+    must_refuse_tags: list[str] = Field([], description="tags whose revision must decline, else it is set aside")
+    filters: list[str] = Field(list(REASONS), description="what sets a text aside; see rlaif/filters.py")
+    responder: str = Field(BASE, description="who writes responses: `base`, `ray` or a name in `engines`")
+    critic: str = Field(BASE, description="who writes critiques")
+    reviser: str = Field(BASE, description="who writes revisions")
+    batch_size: Positive = 32
+
+    @field_validator("filters")
+    @classmethod
+    def _known_filters(cls, names: list[str]) -> list[str]:
+        unknown = sorted(set(names) - set(REASONS))
+        if unknown:
+            raise ValueError(f"no filter `{unknown[0]}`; filters: {', '.join(REASONS)}")
+        return names
+
+    @model_validator(mode="after")
+    def _refusals_are_revisions(self) -> "ReviseSection":
+        never = sorted(set(self.must_refuse_tags) - set(self.revise_tags))
+        if never:
+            raise ValueError(f"must_refuse_tags names `{never[0]}`, which revise_tags does not; name it in both")
+        return self
 
 
 class SftSection(TrainingSection):

@@ -16,8 +16,9 @@ from typing import Annotated, Any, Literal, NoReturn, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from typing_extensions import TypedDict  # pydantic refuses typing.TypedDict before Python 3.12
 
-from rlaif.documents import decode_text, explain, read_text, real_keys
+from rlaif.documents import decode_text, read_text
 from rlaif.errors import DataError
+from rlaif.validation import explain, real_keys
 
 Split = Literal["train", "eval"]
 

@@ -7,7 +7,8 @@ import pytest
 
 from rlaif.report import charts, curves, wording
 from rlaif.report.charts import Bar, Series, interval_chart, line_chart, running_mean, ticks
-from rlaif.report.reading import Difference, Mean, Rate
+from rlaif.report.labels import Mean, Rate
+from rlaif.report.results import Difference
 
 
 def numbers(chart: str) -> list[float]:

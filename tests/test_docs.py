@@ -186,7 +186,7 @@ def test_every_yaml_example_is_a_valid_recipe_or_constitution(tmp_path: Path) ->
 def problem_codes() -> set[str]:
     """Return the codes of problems that the code of constitutions gives."""
     found: set[str] = set()
-    for name in ("documents", "constitution", "constitution_check", "constitution_length"):
+    for name in ("documents", "validation", "constitution", "constitution_check", "constitution_length"):
         for node in ast.walk(ast.parse((ROOT / "rlaif" / f"{name}.py").read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call):
                 called = getattr(node.func, "attr", getattr(node.func, "id", ""))

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, ConfigDict, Field
 
-from rlaif import documents
+from rlaif import documents, validation
 from rlaif.errors import ConfigError, ConstitutionError
 
 EXPONENTIAL_ALIASES = "a: &a [x, x]\n" + "".join(
@@ -54,7 +54,7 @@ def refusal(path: Path) -> str:
 
 def complaints(path: Path, model: type[BaseModel] = Whole) -> list[str]:
     with pytest.raises(ConstitutionError) as caught:
-        documents.validate(documents.load_yaml(path, ConstitutionError), model, ConstitutionError)
+        validation.validate(documents.load_yaml(path, ConstitutionError), model, ConstitutionError)
     return str(caught.value).replace(f"{path.parent}/", "").split("\n")
 
 
@@ -271,7 +271,7 @@ def test_a_long_value_is_cut_in_the_message(write):
 
 def test_a_valid_document_becomes_the_model(write):
     document = documents.load_yaml(write("name: n\nparts: [{id: a, text: b, weight: 2}]\n"), ConstitutionError)
-    whole = documents.validate(document, Whole, ConstitutionError)
+    whole = validation.validate(document, Whole, ConstitutionError)
     assert whole.parts[0].weight == 2.0
 
 

@@ -25,7 +25,7 @@ from scripted import (
 from rlaif.engines.engine import Answer
 from rlaif.errors import ConfigError, DataError
 from rlaif.records import Prompt
-from rlaif.report.reading import Results
+from rlaif.report.results import Results
 from rlaif.stages import evaluate
 from rlaif.stages.evaluate import Response, differences, metrics, rate, samples, win_rates
 from rlaif.stages.run import Run

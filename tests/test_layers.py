@@ -32,6 +32,7 @@ PLAIN = {
     "markdown",
     "prompting",
     "transcripts",
+    "validation",
     "prompt_sets",
     *("recipe", "policy_sections", "ppo_section", "health", "reward_parts", "rounds", "sections"),
     "steering",

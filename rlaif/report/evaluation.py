@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from rlaif.report import wording
 from rlaif.report.charts import interval_chart
-from rlaif.report.reading import Difference, Results, WinRate
+from rlaif.report.results import Difference, Results, WinRate
 
 _SCORES = (
     ("score", "Reward score", wording.mean),

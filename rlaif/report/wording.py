@@ -13,7 +13,8 @@ from rlaif import health
 from rlaif.health import HealthSection
 from rlaif.report.charts import Bar, short
 from rlaif.report.labels import Mean, Quality, Rate, Safety
-from rlaif.report.reading import Difference, Metrics, WinRate
+from rlaif.report.reading import Metrics
+from rlaif.report.results import Difference, WinRate
 
 NONE = "\u2013"
 SHORT_POLICIES = {
