@@ -113,6 +113,15 @@ def test_a_difference_has_a_sign_and_is_in_points() -> None:
     assert written(-0.3, -0.4, -0.2) == "\u221230 [\u221240, \u221220]"
 
 
+def test_a_difference_of_means_has_a_sign_and_the_digits_that_its_interval_supports() -> None:
+    part = {"policy": "ppo", "against": "sft", "metric": "score", "tag": "all", "n": 9}
+    changes = [(0.163, -0.12, 0.45), (-2.0, -2.5, -1.5), (0.5, None, None), (None, None, None), (0.0, 0.0, 0.0)]
+    assert [
+        plain(wording.change(Difference(**part, difference=value, low=low, high=high))) for value, low, high in changes
+    ] == ["+0.16 [\u22120.12, 0.45]", "\u22122.0 [\u22122.5, \u22121.5]", "+0.50", "\u2013", "0.00 [0.00, 0.00]"]
+    assert wording.change(None) == "\u2013"
+
+
 def test_an_interval_that_touches_zero_shows_no_difference() -> None:
     assert [wording.shown(*pair) for pair in ((0.0, 0.1), (-0.1, 0.0), (-0.1, 0.1))] == [False] * 3
     assert wording.shown(0.01, 0.1) is True and wording.shown(-0.2, -0.1) is True
