@@ -148,7 +148,8 @@ def results(text: str = "") -> dict[str, Any]:
         {**part, "tag": "ordinary", "difference": 0.02, "low": -0.04, "high": 0.08},
         {**part, "tag": "harmful", "against": "sft", "difference": -0.26, "low": -0.4, "high": -0.12},
         {**part, "metric": "score", "tag": "all", "n": 150, "difference": 1.6, "low": 1.41, "high": 1.79},
-        {**part, "metric": "score", "tag": "all", "n": 150, "against": "sft", "difference": 0.12, "low": -0.04, "high": 0.28},
+        {**part, "metric": "score", "tag": "all", "n": 150, "against": "sft", "difference": 0.12, "low": -0.04,
+         "high": 0.28},
     ]
     win = {"policy": "ppo", "against": "sft", "n": 24, "wins": 13, "ties": 2, "losses": 9, "rate": 0.583,
            "low": 0.388, "high": 0.755, "same_position": rate(6, 24, 0.12, 0.449)}
