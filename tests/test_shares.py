@@ -119,6 +119,7 @@ VARIANTS = {
         "ptx_coef": 0.5,
         "ptx_length": 8,
         "ptx_batch": 3,
+        "ptx_heldout": 5,
     },
     "grpo": {
         "rollout_batch": 3,
