@@ -26,6 +26,7 @@ LOGITS_DRAWN, LOGITS_ENTROPY = 12, 4  # of them per token and word of the vocabu
 LOGITS_SCORING = 8  # per response token and word: a padded pass without gradients
 LOGITS_DRAWING = 28  # per row that is sampled and word
 LOGITS_TEXT = 12  # per token of plain text and word: the cross-entropy and its gradient
+LOGITS_READ = 8  # the same without a gradient
 TRL_TOKENS, TRL_WORDS = 4096, 32768  # whose logits TRL's losses hold at a time (`trl.kernels.chunked_logprob`)
 LOGITS_TRL = 30  # the same per token and word on a CPU; on a GPU a kernel needs none beside the logits themselves
 OPTIMIZER = 12  # gradient and AdamW's two moments, per trained number
@@ -303,4 +304,8 @@ def _ppo(recipe: Recipe, lengths: Lengths, policy: Held, reward: Held | None) ->
         rows = min(settings.ptx_batch, settings.microbatch) * settings.ptx_length
         activations, logits = policy.learning(rows, float(LOGITS_TEXT * rows * vocabulary))
         found.append(_with(there, "learning text", policy.cuda, activations=activations, logits=logits))
+    if settings.ptx_file and settings.ptx_heldout:
+        rows = min(settings.ptx_heldout, settings.microbatch) * settings.ptx_length
+        larger = _larger(policy.reading(rows), float(LOGITS_READ * rows * vocabulary))
+        found.append(_with(there, "reading text", policy.cuda, **larger))
     return found

@@ -28,7 +28,10 @@ _ASKED = re.compile(r"[Tt]ried to allocate ([\d.]+) ?([KMG]iB|bytes)")
 _SIZES = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": GIB}
 # The key that bounds a phase. The first three change no result beyond rounding, and are lowered without losing work.
 # PPO's for sampling is `sampling_batch`.
-_ROWS = {"sampling": "batch_size", "scoring": "microbatch", "updating": "microbatch", "learning text": "microbatch"}
+_ROWS = {
+    "sampling": "batch_size",
+    **dict.fromkeys(("scoring", "updating", "learning text", "reading text"), "microbatch"),
+}
 _TRAINING = "per_device_train_batch_size"
 _FILES = {"sft": ("revise", "demonstrations"), "reward": ("label", "comparisons"), "dpo": ("label", "comparisons")}
 

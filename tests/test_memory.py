@@ -177,6 +177,11 @@ def test_a_reward_model_of_somebody_else_is_a_second_base():
 def test_plain_text_is_a_phase_of_its_own():
     text = recipe(ppo={"ptx_coef": 1.0, "ptx_file": "t.txt", "ptx_length": 4096, "microbatch": 8, "minibatch": 8})
     assert peak("ppo", text, Lengths(64), held(load_in_4bit=True)).phase == "learning text"
+    text.ppo.ptx_coef = 0.0
+    found = peak("ppo", text, Lengths(64), held(load_in_4bit=True))
+    assert (found.phase, found.logits) == ("reading text", 8 * 8 * 4096 * shape().vocabulary)
+    text.ppo.ptx_heldout = 0
+    assert peak("ppo", text, Lengths(64), held(load_in_4bit=True)).phase != "reading text"
 
 
 @pytest.mark.parametrize("stage", ["revise", "sft", "label", "reward", "ppo", "dpo", "rejection", "evaluate"])

@@ -159,8 +159,11 @@ def test_a_missing_file_of_a_finished_stage_is_named(tmp_path: Path) -> None:
 
 def test_differences_of_means_stand_in_a_table_and_those_of_the_last_policy_in_a_sentence(tmp_path: Path) -> None:
     page = read(make_run(tmp_path / "scored"))
-    assert "In reward score PPO and the base model differ by +1.60\u00a0[1.41,\u00a01.79]." in page.text
-    assert "by +0.12\u00a0[\u22120.04,\u00a00.28]: the interval includes zero, so no difference shown." in page.text
+    assert "In reward score, PPO less the base model is +1.60\u00a0[1.41,\u00a01.79]." in page.text
+    assert (
+        "PPO less SFT is +0.12\u00a0[\u22120.04,\u00a00.28]: the interval includes zero, so no difference shown."
+        in page.text
+    )
     assert "Differences of these means between policies, prompt by prompt" in page.text
     found = results()
     found["differences"] = [one for one in found["differences"] if one["metric"] == "refusal"]

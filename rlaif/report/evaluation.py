@@ -115,7 +115,7 @@ def _shift(one: Difference) -> str:
     name, other = wording.POLICIES.get(one.policy, one.policy), wording.POLICIES.get(one.against, one.against)
     differs = wording.shown(one.low, one.high)
     unknown = "" if differs or differs is None else ": the interval includes zero, so no difference shown"
-    return f"In reward score {name} and {other} differ by {wording.change(one)}{unknown}."
+    return f"In reward score, {name} less {other} is {wording.change(one)}{unknown}."
 
 
 def _preference(one: WinRate) -> str:
