@@ -187,7 +187,7 @@ def test_a_recipe_names_the_judge_or_a_registered_function(make: Maker, monkeypa
     assert score(["P"], ["r"], id=["h1"], tag=["harmful"]) == [1.0]
     assert engine.ids() == ["h1/reward/safe", "h1/reward/lawful"]
     assert reward_function(make(ppo={"reward_function": "brief"}), None, "ppo") is brief  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match=r"known: brief \(and `judge`, the judge's rating\)"):
+    with pytest.raises(ConfigError, match=r"known: brief, curt \(and `judge`, the judge's rating\)"):
         reward_function(make(ppo={"reward_function": "brie"}), None, "ppo")  # type: ignore[arg-type]
 
 
