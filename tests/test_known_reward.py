@@ -5,6 +5,7 @@ import sys
 import known_reward
 import pytest
 from known_reward import Outcome, Variant
+from study import three
 from test_studies import script
 
 from rlaif.recipe import load_recipe
@@ -21,6 +22,12 @@ def test_a_row_has_means_over_seeds_and_differences_of_the_same_seed():
     assert known_reward.rows_of(found) == [
         ["none", "2.000 (1.000 to 3.000)", "+0.0 +0.0", "0 2", "3.000 (2.000 to 4.000)", ".500 (.500 to .500)"],
         ["some", "2.000 (.500 to 3.500)", "-0.5 +0.5", "1 0", "1.000 (1.000 to 1.000)", ".500 (.250 to .750)"],
+    ]
+
+
+def test_a_number_loses_its_leading_zero_and_no_other():
+    assert [three(value) for value in (0.5, -0.25, 10.2, 20.0, -10.5, None)] == [
+        *(".500", "-.250", "10.200", "20.000", "-10.500", "-")
     ]
 
 

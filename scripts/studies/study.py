@@ -2,6 +2,7 @@
 
 import argparse
 import random
+import re
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -120,7 +121,7 @@ def spread(values: Sequence[float]) -> str:
 
 def three(value: float | None) -> str:
     """Return a number with three digits after the point, without a leading zero."""
-    return "-" if value is None else f"{value:.3f}".replace("0.", ".", 1)
+    return "-" if value is None else re.sub(r"^(-?)0\.", r"\1.", f"{value:.3f}")
 
 
 def percent(rate: float) -> str:
