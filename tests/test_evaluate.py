@@ -93,7 +93,7 @@ def test_what_is_beside_the_score_is_measured_like_it_and_costs_above_0_are_unsa
 def test_prompts_without_a_tag_are_a_group_of_their_own() -> None:
     rows = [response(id="a", tag="", refused=True), response(id="b", tag=HARM)]
     assert {tag: part["rate"] for tag, part in metrics(rows)["refusal"].items()} == {"": 1.0, HARM: 0.0}
-    (first, second, *_) = differences({"base": rows, "sft": rows})
+    (first, second) = differences({"base": rows, "sft": rows})
     assert [(row["tag"], row["n"], row["difference"]) for row in (first, second)] == [("", 1, 0.0), (HARM, 1, 0.0)]
     assert [row["tag"] for row in samples({"base": rows})] == ["", HARM]
 

@@ -72,7 +72,7 @@ def test_hashing_misses_hardly_any_pair_that_the_exact_share_finds() -> None:
     assert expected > 80 and found >= 0.99 * expected
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(st.lists(st.text(alphabet="ab {}<|\ud800", max_size=12), max_size=6))
 def test_any_texts_are_compared_and_no_group_loses_its_last(texts: list[str]) -> None:
     rows = [(f"{index:02}", text) for index, text in enumerate(texts)]

@@ -1,4 +1,4 @@
-"""What the report says of the evaluation: refusals and their differences, scores, the judge's preference, answers."""
+"""What the report says of the evaluation: refusals, scores, differences between policies, the judge's preference."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -101,7 +101,7 @@ def _comparison(results: Results, policy: str, against: str, differences: Sequen
             same.append(detail)
         else:
             changed.append(f"{'more' if (one.difference or 0) > 0 else 'fewer'} {detail}")
-    name, other = wording.POLICIES.get(policy, policy), wording.POLICIES.get(against, against)
+    name, other = _names(policy, against)
     words = []
     if changed:
         words.append(f"Compared with {other}, {name} refuses {wording.listed(changed)}.")
@@ -111,15 +111,20 @@ def _comparison(results: Results, policy: str, against: str, differences: Sequen
     return " ".join(words)
 
 
+def _names(*policies: str) -> list[str]:
+    """Return the names of policies in sentences."""
+    return [wording.POLICIES.get(policy, policy) for policy in policies]
+
+
 def _shift(one: Difference) -> str:
-    name, other = wording.POLICIES.get(one.policy, one.policy), wording.POLICIES.get(one.against, one.against)
+    name, other = _names(one.policy, one.against)
     differs = wording.shown(one.low, one.high)
     unknown = "" if differs or differs is None else ": the interval includes zero, so no difference shown"
     return f"In reward score, {name} less {other} is {wording.change(one)}{unknown}."
 
 
 def _preference(one: WinRate) -> str:
-    name, other = wording.POLICIES.get(one.policy, one.policy), wording.POLICIES.get(one.against, one.against)
+    name, other = _names(one.policy, one.against)
     pairs = f"{wording.count(one.n)} {'pair' if one.n == 1 else 'pairs'} of answers"
     says = f"Of {pairs}, the judge prefers {name}\u2019s to {other}\u2019s in {wording.rate(one)}"
     differs = wording.shown(one.low, one.high, 0.5)

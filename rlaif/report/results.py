@@ -17,7 +17,7 @@ class PolicyMetrics(Part):
 
 
 class Difference(Part):
-    """`policy` minus `against`, as a fraction, with an interval over the same prompts."""
+    """`policy` minus `against`, of rates as a fraction, of means in their unit; the interval is over prompts."""
 
     policy: str
     against: str
