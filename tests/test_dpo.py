@@ -9,7 +9,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from rlaif import files
-from rlaif.errors import ConfigError, DataError
+from rlaif.errors import ConfigError, DataError, StageError
 from rlaif.records import Comparison, assistant
 from rlaif.stages import dpo, processes
 from rlaif.stages.run import Run
@@ -274,3 +274,8 @@ def test_a_checkpoint_holds_the_role_and_nothing_of_the_base(opened):
     folder = run.stage_folder("dpo") / "checkpoints" / "checkpoint-1"
     assert (folder / "role.safetensors").is_file()
     assert [path.name for path in folder.glob("*.safetensors")] == ["role.safetensors"]
+
+
+def test_a_training_that_diverges_stops_the_stage(opened):
+    with pytest.raises(StageError, match=r"dpo: the loss is nan at step \d.*diverged\. Lower dpo\.learning_rate"):
+        dpo.dpo(opened(learning_rate=1e25))

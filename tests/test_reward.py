@@ -1,6 +1,7 @@
 """The stage `reward` on the tiny model: what it learns from, what it measures, and resuming to the bit."""
 
 import json
+import math
 import subprocess
 import sys
 
@@ -9,14 +10,16 @@ import tiny_runs
 import torch
 from safetensors.torch import load_file
 from tiny_rows import ROWS, comparison, ranking, rating
+from transformers import TrainerState
 
 from rlaif import files
-from rlaif.errors import DataError
+from rlaif.errors import DataError, StageError
 from rlaif.model import sampling
 from rlaif.report.reading import RewardEvaluation
 from rlaif.stages import reward, reward_training
 from rlaif.stages.reward_data import examples, split_rows
 from rlaif.stages.run import Run
+from rlaif.stages.training import Recorder
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_sync")
 
@@ -136,6 +139,28 @@ def test_offset_and_scale_are_mean_and_deviation_of_the_held_out_scores(opened):
     spread = (sum((score - mean) ** 2 for score in scores) / len(scores)) ** 0.5
     assert evaluation(run)["offset"] == pytest.approx(mean, abs=1e-5)
     assert evaluation(run)["scale"] == pytest.approx(spread, rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("steps", "found"), [(4, r"loss is nan at step \d"), (2, "scores of held-out rows are not")])
+def test_a_training_that_diverges_stops_the_stage_also_in_its_last_step(opened, steps, found):
+    run = opened(learning_rate=1e25, max_steps=steps, num_heads=2, num_adapters=2)
+    with pytest.raises(StageError, match=rf"^reward: .*{found}.*diverged\. Lower reward\.learning_rate"):
+        reward.reward(run)
+
+
+@pytest.mark.parametrize(
+    ("logs", "prefix", "found"),
+    [
+        ({"loss": math.nan}, "reward-2", "reward-2: the loss is nan at step 5"),
+        ({"loss": 0.5, "eval_loss": math.inf}, "cost", "cost: the loss is inf at step 5"),
+        ({"train_loss": math.nan}, "reward", "reward: the loss is nan at step 5"),
+    ],
+)
+def test_a_loss_that_is_not_finite_is_an_error_that_names_keys_of_the_recipe(tmp_path, logs, prefix, found):
+    recorder = Recorder(tmp_path, prefix, None, section="reward")
+    with pytest.raises(StageError, match=rf"^{found}.*Lower reward\.learning_rate or reward\.max_grad_norm"):
+        recorder.on_log(None, TrainerState(global_step=5), None, logs=logs)
 
 
 # --- resuming and reloading ------------------------------------------------------------------------------------------

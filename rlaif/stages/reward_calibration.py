@@ -19,6 +19,7 @@ from rlaif.stages.quality import RULES
 from rlaif.stages.reward_data import Labelled, answers_of
 from rlaif.stages.reward_model import RewardModel, Scale, encode_group
 from rlaif.stages.reward_pairs import pairs_among
+from rlaif.stages.training import diverged
 
 _SMALLEST_SCALE = 1e-6
 _SLICES = 4
@@ -34,7 +35,11 @@ class Scored(NamedTuple):
 
 
 def score_rows(model: RewardModel, rows: Sequence[Labelled], size: int, progress: Progress, title: str) -> Scored:
-    """Score all answers of rows, in batches of rows of similar length."""
+    """Score all answers of rows, in batches of rows of similar length.
+
+    Raises:
+        StageError: a score is not a finite number.
+    """
     groups = [encode_group(model, row.prompt, answers_of(row)) for row in rows]
     found: list[Tensor] = [torch.empty(0)] * len(rows)
     order = sorted(range(len(rows)), key=lambda i: -sum(map(len, (groups[i].prompt, *groups[i].responses))))
@@ -42,6 +47,8 @@ def score_rows(model: RewardModel, rows: Sequence[Labelled], size: int, progress
         for start in range(0, len(order), size):
             part = order[start : start + size]
             scores = model.members([groups[index] for index in part]).cpu()
+            if not scores.isfinite().all():
+                raise diverged("reward", "reward", f"{title} are not finite numbers")
             for index, own in zip(
                 part, torch.split(scores, [len(groups[index].responses) for index in part]), strict=True
             ):

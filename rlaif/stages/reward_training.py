@@ -175,7 +175,8 @@ def train(run: Run, base: SharedBase, job: Job, settings: RewardSection, start: 
             checkpoint=checkpoint,
             steps=steps,
         )
-        return _train(base, job, settings, options, checkpoint, steps, [Recorder(job.folder, job.role, task)])
+        recorder = Recorder(job.folder, job.role, task, section="reward")
+        return _train(base, job, settings, options, checkpoint, steps, [recorder])
 
 
 def _train(

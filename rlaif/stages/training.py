@@ -64,6 +64,7 @@ def arguments(run: Run, settings: TrainingSection, folder: Path) -> dict[str, An
         "max_grad_norm": settings.max_grad_norm,
         "logging_steps": settings.logging_steps,
         "logging_strategy": "steps",
+        "logging_nan_inf_filter": False,  # it logs 0 in place of NaN, and the training goes on
         "save_strategy": "steps",
         "save_steps": save_steps,
         "save_total_limit": 2,
@@ -146,10 +147,14 @@ def train_to(trainer: Trainer, checkpoint: str | None, steps: int) -> None:
 
 
 class Recorder(TrainerCallback):  # type: ignore[misc]
-    """Writes metrics as rows of ``metrics.jsonl``, marks checkpoints complete and moves the progress bar."""
+    """Writes metrics as rows of ``metrics.jsonl``, marks checkpoints complete and moves the progress bar.
 
-    def __init__(self, folder: Path, prefix: str, task: Task):
+    Metrics begin with `prefix`; `section` is the recipe's that the training follows, where it has another name.
+    """
+
+    def __init__(self, folder: Path, prefix: str, task: Task, *, section: str = ""):
         self._folder, self._prefix, self._task = folder, prefix, task
+        self._section = section or prefix
 
     def on_log(
         self,
@@ -162,14 +167,12 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
         """Keep the numbers of a log entry under this package's names.
 
         Raises:
-            StageError: the loss is not a finite number, so that training on would be in vain.
+            StageError: a loss is not a finite number, so that training on would be in vain.
         """
-        loss = (logs or {}).get("loss", 0.0)
-        if not math.isfinite(loss):
-            raise StageError(
-                f"{self._prefix}: the loss is {loss} at step {state.global_step}. Lower {self._prefix}.learning_rate "
-                f"or {self._prefix}.max_grad_norm, then run again."
-            )
+        for key in ("loss", "eval_loss", "train_loss"):
+            loss = (logs or {}).get(key, 0.0)
+            if not math.isfinite(loss):
+                raise diverged(self._prefix, self._section, f"the loss is {loss} at step {state.global_step}")
         row = {
             f"{self._prefix}/{_NAMES.get(key, key)}": value
             for key, value in (logs or {}).items()
@@ -190,6 +193,14 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Write the marker without which a checkpoint is not resumed from."""
         close_checkpoint(Path(args.output_dir) / f"checkpoint-{state.global_step}", self._folder)
+
+
+def diverged(what: str, section: str, found: str) -> StageError:
+    """Return the error of a training that has left all finite numbers, with the keys that hold it back."""
+    return StageError(
+        f"{what}: {found}: the training has diverged. Lower {section}.learning_rate or {section}.max_grad_norm, then "
+        "run again."
+    )
 
 
 def last_metrics(folder: Path) -> dict[str, Any]:
