@@ -79,20 +79,24 @@ def test_rows_that_teach_nothing_are_set_aside_with_the_reason_and_none_is_lost(
         ranking(5, ["a", "b", "a"]),
         rating(6, "\n"),
         rating(7),
+        ranking(8, ["a", "b", "c"], [1, 1, 1]),
+        ranking(9, ["a", "b", "c"], [1, 1, 2]),
     ]
     found = usable(base, rows, 60)
-    assert [row.id for row in found.rows] == ["c-1", "r-7"]
+    assert [row.id for row in found.rows] == ["c-1", "r-7", "k-9"]
     assert {row["id"]: row["reason"] for row in found.unused} == {
         "c-2": reward_data.EMPTY,
         "c-3": reward_data.IDENTICAL,
         "c-4": reward_data.LONG,
         "k-5": reward_data.IDENTICAL,
         "r-6": reward_data.EMPTY,
+        "k-8": reward_data.TIED,
     }
     assert reward_data.count_reasons(found.unused) == {
         "empty answer": 2,
         "identical answers": 2,
         "longer than max_length": 1,
+        "all ranks tie": 1,
     }
 
 

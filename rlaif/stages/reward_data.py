@@ -22,7 +22,8 @@ from rlaif.records import Comparison, Messages, Ranking, Rating, text_of
 Kind = Literal["pair", "ranking", "rating", "cost"]
 Labelled = Comparison | Ranking | Rating
 EMPTY, IDENTICAL, LONG = "empty answer", "identical answers", "longer than max_length"
-REASONS = (EMPTY, IDENTICAL, LONG)
+TIED = "all ranks tie"
+REASONS = (EMPTY, IDENTICAL, LONG, TIED)
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,8 @@ def usable(base: SharedBase, rows: Iterable[Labelled], max_length: int) -> Usabl
             unused.append({"id": row.id, "reason": IDENTICAL})
         elif prompt + longest > limit:
             unused.append({"id": row.id, "reason": LONG})
+        elif isinstance(row, Ranking) and len(set(row.ranks)) == 1:
+            unused.append({"id": row.id, "reason": TIED})
         else:
             kept.append(row)
     return Usable(kept, unused, reversals(kept))
