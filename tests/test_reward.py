@@ -287,7 +287,7 @@ def test_a_stage_without_rows_to_train_on_or_to_measure_with_says_so_before_trai
 
 
 def test_rows_of_weight_0_alone_are_refused(opened):
-    with pytest.raises(DataError, match=r"no row of weight above 0.*reward\.weights"):
+    with pytest.raises(DataError, match="0 usable \\(weight 0: 12\\)"):
         reward.reward(opened(weights={"construction": 0.0}))
 
 
@@ -397,6 +397,19 @@ def test_a_base_of_8_bits_is_trained_on_and_does_not_tell_of_each_product(tmp_pa
     assert losses[True] != losses[False]
     assert losses[True][-1] < losses[True][0] - 0.1
     assert "MatMul8bitLt" not in caplog.text
+
+
+@pytest.mark.slow
+def test_rows_of_weight_0_stand_in_no_figure(opened):
+    crowd = [comparison(100 + n, "bad bad", "good good", annotator="crowd") for n in range(30)]
+    run = opened(rows=[*ROWS, *crowd], weights={"crowd": 0.0}, max_steps=2, eval_steps=1)
+    counts = reward.reward(run)
+    assert (counts["rows"], counts["unused_weight_0"]) == (42, 30)
+    unused = tiny_runs.rows(run.stage_folder("reward") / "unused.jsonl")
+    assert {row["id"] for row in unused} == {row.id for row in crowd}
+    plain = opened("plain", max_steps=2, eval_steps=1)
+    reward.reward(plain)
+    assert evaluation(run) == evaluation(plain)
 
 
 # --- the cost adapter ------------------------------------------------------------------------------------------------

@@ -82,7 +82,7 @@ def test_rows_that_teach_nothing_are_set_aside_with_the_reason_and_none_is_lost(
         ranking(8, ["a", "b", "c"], [1, 1, 1]),
         ranking(9, ["a", "b", "c"], [1, 1, 2]),
     ]
-    found = usable(base, rows, 60)
+    found = usable(base, rows, 60, {})
     assert [row.id for row in found.rows] == ["c-1", "r-7", "k-9"]
     assert {row["id"]: row["reason"] for row in found.unused} == {
         "c-2": reward_data.EMPTY,
@@ -97,11 +97,12 @@ def test_rows_that_teach_nothing_are_set_aside_with_the_reason_and_none_is_lost(
         "identical answers": 2,
         "longer than max_length": 1,
         "all ranks tie": 1,
+        "weight 0": 0,
     }
 
 
 def test_the_models_context_is_a_limit_too(base):
-    found = usable(base, [comparison(1, "long " * base.max_length)], 10**9)
+    found = usable(base, [comparison(1, "long " * base.max_length)], 10**9, {})
     assert [row["reason"] for row in found.unused] == [reward_data.LONG]
 
 
@@ -114,7 +115,7 @@ def test_labels_that_reverse_each_other_are_kept_and_counted(base):
         comparison(5, "c", "d", prompt="tie", preference=0.5),
         comparison(6, "d", "c", prompt="tie"),
     ]
-    found = usable(base, rows, 512)
+    found = usable(base, rows, 512, {})
     assert (len(found.rows), found.reversed) == (6, 2)
 
 
@@ -138,8 +139,10 @@ def test_weights_of_rows_annotators_and_sources_multiply_and_average_1(base):
         comparison(3, source="human", annotator="expert", weight=0.5),
         comparison(4, source="human", annotator="troll"),
     ]
-    found = examples(base, rows, settings, {})
-    assert [example.id for example in found] == ["c-1", "c-2", "c-3"]  # of weight 0 nothing is learned
+    left = usable(base, [*rows, comparison(5, weight=0.0), rating(6, weight=0.0)], 512, settings.weights)
+    assert left.unused == [{"id": name, "reason": "weight 0"} for name in ("c-4", "c-5", "r-6")]
+    found = examples(base, left.rows, settings, {})
+    assert [example.id for example in found] == ["c-1", "c-2", "c-3"]
     assert [example.weight for example in found] == pytest.approx([3 / 5, 6 / 5, 6 / 5])
 
 

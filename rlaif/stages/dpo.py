@@ -122,7 +122,7 @@ def _decided(
     base: SharedBase, rows: Sequence[Comparison], settings: DpoSection
 ) -> tuple[list[Comparison], list[dict[str, str]]]:
     """Return the comparisons that prefer one answer clearly enough, and the others with the reason."""
-    found = usable(base, rows, settings.max_length)
+    found = usable(base, rows, settings.max_length, {})
     kept: list[Comparison] = []
     unused = list(found.unused)
     for row in found.rows:

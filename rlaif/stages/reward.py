@@ -115,9 +115,9 @@ def reward(run: Run) -> dict[str, Any]:
     rows, again, known = read_labels(run), [], NOTHING_KNOWN
     base = run.load_reward_base()
     if run.round > 1:
-        earlier = [usable(base, read_labels(before), settings.max_length).rows for before in run.earlier]
+        earlier = [_usable(run, base, read_labels(before)).rows for before in run.earlier]
         again, known = replayed(run, earlier, rows), known_sides(earlier, settings.heldout_fraction)
-    found = usable(base, [*rows, *again], settings.max_length)
+    found = _usable(run, base, [*rows, *again])
     files.write_jsonl(folder / "unused.jsonl", found.unused)
     dev_fraction = settings.heldout_fraction if settings.early_stopping_patience else 0.0
     split = split_rows(found.rows, settings.heldout_fraction, dev_fraction=dev_fraction, known=known)
@@ -182,6 +182,10 @@ def read_labels(run: Run) -> list[Labelled]:
     return rows
 
 
+def _usable(run: Run, base: SharedBase, rows: list[Labelled]) -> Usable:
+    return usable(base, rows, run.recipe.reward.max_length, run.recipe.reward.weights)
+
+
 def refuse_too_few(run: Run, rows: list[Labelled], found: Usable, split: Split) -> None:
     """Stop where nothing is left to train on or to measure with.
 
@@ -215,8 +219,6 @@ def train_role(run: Run, base: SharedBase, role: str, split: Split) -> int:
         for part in (split.train, split.dev or split.heldout)
     )
     job = Job(role, folder, learned, watched, seed)
-    if not job.train:
-        raise DataError(f"{folder}: no row of weight above 0 is left to train on. Look at reward.weights.")
     steps = train(run, base, job, settings, starting_adapter(run, role))
     files.write_json(folder / "trained.json", {"steps": steps, "examples": len(job.train)})
     base.save_role(role, folder / "adapter")

@@ -8,8 +8,8 @@ import hashlib
 import itertools
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 from rlaif.documents import fingerprint
@@ -22,8 +22,8 @@ from rlaif.records import Comparison, Messages, Ranking, Rating, text_of
 Kind = Literal["pair", "ranking", "rating", "cost"]
 Labelled = Comparison | Ranking | Rating
 EMPTY, IDENTICAL, LONG = "empty answer", "identical answers", "longer than max_length"
-TIED = "all ranks tie"
-REASONS = (EMPTY, IDENTICAL, LONG, TIED)
+TIED, WEIGHTLESS = "all ranks tie", "weight 0"
+REASONS = (EMPTY, IDENTICAL, LONG, TIED, WEIGHTLESS)
 
 
 @dataclass(frozen=True)
@@ -85,8 +85,20 @@ def answers_of(row: Labelled) -> list[Messages]:
     return row.responses if isinstance(row, Ranking) else [row.response]
 
 
-def usable(base: SharedBase, rows: Iterable[Labelled], max_length: int) -> Usable:
-    """Set aside rows that nothing can be learned from, each with its reason."""
+def weight_of(row: Labelled, weights: Mapping[str, float]) -> float:
+    """Return what a row counts: its own weight times that of its annotator, else of its source."""
+    return row.weight * weights.get(row.annotator, weights.get(row.source, 1.0))
+
+
+def usable(base: SharedBase, rows: Iterable[Labelled], max_length: int, weights: Mapping[str, float]) -> Usable:
+    """Set aside rows that nothing can be learned from, each with its reason.
+
+    Args:
+        base: for its tokenizer and the length of its context.
+        rows: comparisons, rankings and ratings.
+        max_length: tokens of a prompt and an answer.
+        weights: by annotator or source; rows that come to weight 0 are neither trained on nor measured with.
+    """
     kept: list[Labelled] = []
     unused: list[dict[str, str]] = []
     limit = min(max_length, base.max_length)
@@ -102,6 +114,8 @@ def usable(base: SharedBase, rows: Iterable[Labelled], max_length: int) -> Usabl
             unused.append({"id": row.id, "reason": LONG})
         elif isinstance(row, Ranking) and len(set(row.ranks)) == 1:
             unused.append({"id": row.id, "reason": TIED})
+        elif not weight_of(row, weights):
+            unused.append({"id": row.id, "reason": WEIGHTLESS})
         else:
             kept.append(row)
     return Usable(kept, unused, reversals(kept))
@@ -221,21 +235,18 @@ def _sign(safe: bool | None) -> float:
 
 def _common(base: SharedBase, row: Labelled, settings: RewardSection) -> dict[str, Any]:
     tokenizer = base.tokenizer
-    weights = settings.weights
-    by_label = weights.get(row.annotator, weights.get(row.source, 1.0))
     return {
         "id": row.id,
         "prompt": tokenizer.prompt(row.prompt),
         "responses": [tokenizer.response(text_of(answer)) for answer in answers_of(row)],
-        "weight": row.weight * by_label,
+        "weight": weight_of(row, settings.weights),
     }
 
 
 def _weighted(found: list[Example]) -> list[Example]:
-    """Bring weights to an average of 1 and drop rows of weight 0, which nothing is learned from."""
-    heavy = [example for example in found if example.weight > 0]
-    mean = sum(example.weight for example in heavy) / len(heavy) if heavy else 1.0
-    return [Example(**{**vars(example), "weight": example.weight / mean}) for example in heavy]
+    """Bring weights, which are above 0, to an average of 1."""
+    mean = sum(example.weight for example in found) / max(1, len(found))
+    return [replace(example, weight=example.weight / mean) for example in found]
 
 
 def count_reasons(unused: Sequence[dict[str, str]]) -> dict[str, int]:

@@ -79,7 +79,7 @@ def load(options: argparse.Namespace) -> Data:
     if not base.packs or not all(1 <= one <= len(base.lm.get_decoder().layers) for one in options.layers):
         raise DataError(f"--model {options.model}: the layers {options.layers} cannot be read; name others.")
     imported = read_comparisons(options.data)
-    found = usable(base, imported.comparisons, options.max_length)
+    found = usable(base, imported.comparisons, options.max_length, {})
     rows = [row for row in found.rows if isinstance(row, Comparison) and row.preference > 0.5]
     about = f"{len(rows)} comparisons of {options.data.name}"
     about += f" ({len(imported.unused)} not importable, {len(found.unused)} not usable"
