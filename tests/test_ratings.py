@@ -69,8 +69,8 @@ def test_responses_stand_best_first_unless_ranks_say_otherwise(tmp_path: Path, r
     [
         ({**RATED, "rating": None}, "no rating"),
         ({**RATED, "rating": NAN}, "rating not finite"),
-        ({**RATED, "rating": "5"}, "rating not finite"),
-        ({**RATED, "rating": True}, "rating not finite"),
+        ({**RATED, "rating": "5"}, "rating not a number"),
+        ({**RATED, "rating": True}, "rating not a number"),
         ({**RATED, "response": " "}, "empty response"),
         ({**RATED, "prompt": ""}, "empty turn"),
         ({**UNPAIRED, "label": None}, "label not true or false"),

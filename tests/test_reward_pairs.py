@@ -1,9 +1,14 @@
 """Pairs that comparisons, rankings and ratings give for measuring a reward model."""
 
+from pathlib import Path
+
+import pytest
 from tiny_rows import comparison, ranking, rating
 
+from rlaif.errors import DataError
 from rlaif.records import text_of
-from rlaif.stages.reward_pairs import decided, pairs_among
+from rlaif.stages.reward_data import Usable, split_rows
+from rlaif.stages.reward_pairs import decided, pairs_among, refuse_too_few
 
 
 def told(rows):
@@ -45,3 +50,31 @@ def test_without_any_other_pair_an_annotators_ratings_are_compared_across_prompt
         assert rows[pair.better[0]].rating > rows[pair.worse[0]].rating
         assert rows[pair.better[0]].annotator == rows[pair.worse[0]].annotator
     assert len(pairs_among([*rows, comparison(9)])) == 1
+
+
+EVAL = [comparison(n, split="eval") for n in range(3)]
+LONG, EMPTY = {"id": "a", "reason": "longer than max_length"}, {"id": "a", "reason": "empty answer"}
+
+
+@pytest.mark.parametrize(
+    ("rows", "unused", "fraction", "advice"),
+    [
+        ([comparison(1)], [], 0.2, "All usable rows are of one prompt, .*: bring rows of others"),
+        ([comparison(n, prompt="one") for n in range(4)], [], 0.2, "All usable rows are of one prompt"),
+        ([comparison(n) for n in range(4)], [], 1.0, "Lower reward.heldout_fraction"),
+        ([comparison(n) for n in range(4)], [LONG], 0.0, "Raise reward.heldout_fraction, or mark"),
+        (EVAL, [], 0.2, "Mark fewer rows with `split: eval`"),
+        ([comparison(n, preference=0.5) for n in range(4)], [], 0.2, "Bring more labels that prefer one"),
+        ([], [LONG], 0.2, r"Bring rows from which .* learned, or raise reward\.max_length"),
+        ([], [EMPTY], 0.2, "Bring rows from which something can be learned"),
+        ([rating(n, value=3) for n in range(4)], [], 0.2, "all 4 ratings are 3.*Bring ratings that differ"),
+    ],
+)
+def test_too_few_rows_are_refused_with_what_helps(rows, unused, fraction, advice):
+    with pytest.raises(DataError, match=advice):
+        refuse_too_few(Path("4-reward"), len(rows) + len(unused), Usable(rows, unused, 0), split_rows(rows, fraction))
+
+
+def test_enough_rows_are_not_refused():
+    rows = [comparison(n) for n in range(4)]
+    refuse_too_few(Path("4-reward"), 4, Usable(rows, [], 0), split_rows(rows, 0.2))

@@ -29,7 +29,9 @@ def _between(row: Fields, column: str, low: float, high: float, otherwise: str) 
     value = row.get(column)
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise Unusable(f"{column} not a number")
+    if not low <= value <= high:
         raise Unusable(f"{column} {otherwise}")
     return float(value)
 

@@ -54,7 +54,7 @@ from rlaif.stages.reward_model import (
     read_calibration,
     roles_of,
 )
-from rlaif.stages.reward_pairs import decided, pairs_among
+from rlaif.stages.reward_pairs import pairs_among, refuse_too_few
 from rlaif.stages.reward_training import Job, train
 from rlaif.stages.run import Run
 
@@ -121,7 +121,7 @@ def reward(run: Run) -> dict[str, Any]:
     files.write_jsonl(folder / "unused.jsonl", found.unused)
     dev_fraction = settings.heldout_fraction if settings.early_stopping_patience else 0.0
     split = split_rows(found.rows, settings.heldout_fraction, dev_fraction=dev_fraction, known=known)
-    refuse_too_few(run, rows, found, split)
+    refuse_too_few(folder, len(rows) + len(again), found, split)
     roles = roles_of(REWARD, settings.num_adapters)
     steps = [train_role(run, base, role, split) for role in roles][0]
     measured = measure(run, base, roles, split)
@@ -184,23 +184,6 @@ def read_labels(run: Run) -> list[Labelled]:
 
 def _usable(run: Run, base: SharedBase, rows: list[Labelled]) -> Usable:
     return usable(base, rows, run.recipe.reward.max_length, run.recipe.reward.weights)
-
-
-def refuse_too_few(run: Run, rows: list[Labelled], found: Usable, split: Split) -> None:
-    """Stop where nothing is left to train on or to measure with.
-
-    Raises:
-        DataError: says how many rows there were, why others were set aside, and what to change.
-    """
-    measured = decided(pairs_among(split.heldout))
-    if split.train and measured:
-        return
-    reasons = ", ".join(f"{reason}: {count}" for reason, count in count_reasons(found.unused).items() if count)
-    raise DataError(
-        f"{run.stage_folder(NAME)}: {len(rows)} rows, {len(found.rows)} usable ({reasons or 'none set aside'}), "
-        f"give {len(split.train)} to train on and {len(measured)} pairs to measure with that prefer one answer; "
-        "both need some. Label more, or raise reward.max_length or reward.heldout_fraction."
-    )
 
 
 def train_role(run: Run, base: SharedBase, role: str, split: Split) -> int:

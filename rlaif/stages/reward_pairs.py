@@ -8,10 +8,21 @@ that is what it says.
 
 import itertools
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
+from rlaif.errors import DataError
 from rlaif.records import Comparison, Messages, Ranking, Rating
-from rlaif.stages.reward_data import Labelled, prompt_key
+from rlaif.stages.reward_data import (
+    LONG,
+    WEIGHTLESS,
+    Labelled,
+    Split,
+    Usable,
+    count_reasons,
+    prompt_key,
+    standard_ratings,
+)
 
 Place = tuple[int, int]  # of an answer: which row, and which of its answers
 
@@ -48,6 +59,43 @@ def pairs_among(rows: Sequence[Labelled]) -> list[Pair]:
 def decided(pairs: Sequence[Pair]) -> list[Pair]:
     """Return the pairs whose label prefers one answer."""
     return [pair for pair in pairs if pair.comparison.preference > 0.5]
+
+
+def refuse_too_few(folder: Path, count: int, found: Usable, split: Split) -> None:
+    """Stop where nothing is left to train on or to measure with.
+
+    Raises:
+        DataError: says how many rows there were, why others were set aside, and what to change; or all ratings are the
+            same.
+    """
+    standard_ratings(found.rows)
+    measured = decided(pairs_among(split.heldout))
+    if split.train and measured:
+        return
+    reasons = ", ".join(f"{reason}: {number}" for reason, number in count_reasons(found.unused).items() if number)
+    raise DataError(
+        f"{folder}: {count} rows, {len(found.rows)} usable ({reasons or 'none set aside'}), give {len(split.train)} to "
+        f"train on and {len(measured)} pairs to measure with that prefer one answer; both need some. "
+        + _advice(found, split)
+    )
+
+
+def _advice(found: Usable, split: Split) -> str:
+    """Return what helps where a side of a split has no rows, or the held-out ones no pair."""
+    cures = {LONG: "raise reward.max_length", WEIGHTLESS: "raise reward.weights or the rows' own `weight`"}
+    reasons = {row["reason"] for row in found.unused}
+    advice = ["bring rows from which something can be learned", *(cures[one] for one in cures if one in reasons)]
+    if found.rows:
+        advice = ["bring more labels that prefer one of two answers, or raise reward.heldout_fraction"]
+    if not split.heldout and found.rows:
+        advice = ["raise reward.heldout_fraction, or mark rows with `split: eval`"]
+    if not split.train and found.rows:
+        marked = any(row.split == "eval" for row in split.heldout)
+        advice = ["mark fewer rows with `split: eval`" if marked else "lower reward.heldout_fraction"]
+    if len({prompt_key(row) for row in found.rows}) == 1:
+        advice = ["all usable rows are of one prompt, which is either trained on or held out: bring rows of others"]
+    told = ", or ".join(advice)
+    return f"{told[0].upper()}{told[1:]}."
 
 
 def _of_row(index: int, row: Labelled) -> list[Pair]:
