@@ -34,7 +34,9 @@ Messages = list[Message]
 Turns = Annotated[Messages, Field(min_length=1)]
 Identifier = Annotated[str, Field(min_length=1)]
 Source = Literal["ai", "human", "construction"]
-Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+LARGEST = 1e12  # of a label's number: sums of weights and squares of ratings stay far from infinity
+Number = Annotated[float, Field(ge=-LARGEST, le=LARGEST, allow_inf_nan=False)]
+Weight = Annotated[float, Field(ge=0, le=LARGEST, allow_inf_nan=False)]
 Sign = Annotated[bool, Field(strict=True)]
 # What Python's reader lets through and JSON cannot hold: half of a surrogate pair, a number beyond a double.
 _SUSPECT = re.compile(r"\\u[dD]|\d[eE]\+?\d{3}")
@@ -127,7 +129,7 @@ class Comparison(Row):
     chosen: Turns
     rejected: Turns
     preference: float = Field(ge=0.5, le=1.0)
-    margin: float | None = Field(default=None, allow_inf_nan=False)
+    margin: Number | None = None
     source: Source
     annotator: str
     tag: str = ""
@@ -147,7 +149,7 @@ class Rating(Row):
     id: Identifier
     prompt: Turns
     response: Turns
-    rating: float = Field(allow_inf_nan=False)
+    rating: Number
     source: Source
     annotator: str
     tag: str = ""

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from rlaif.endpoints import BASE
+from rlaif.records import Weight
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -216,7 +217,7 @@ class RewardSection(TrainingSection):
     pair_losses: dict[str, PairLoss] = Field({}, description="other losses, by annotator or source")
     ranking_loss: Literal["pairs", "plackett_luce"] = Field("pairs", description="rankings with ties take `pairs`")
     rating_coef: NonNegative = Field(1.0, description="what the squared error of a rating counts")
-    weights: dict[str, NonNegative] = Field({}, description="what rows count, by annotator or source; absent: 1")
+    weights: dict[str, Weight] = Field({}, description="what rows count, by annotator or source; absent: 1")
     center_rewards_coefficient: NonNegative = 0.01
     num_heads: Positive = Field(1, description="outputs of the head, each trained on a bootstrap of the rows")
     num_adapters: Positive = Field(1, description="adapters trained from different seeds, as an ensemble")

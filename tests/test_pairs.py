@@ -146,7 +146,7 @@ def test_a_transcript_that_cannot_be_used_is_kept_aside_with_its_reason(
         ({**TRL, "preference": "yes"}, "preference not a number"),
         ({**TRL, "preference": True}, "preference not a number"),
         ({**TRL, "margin": "2"}, "margin not a number"),
-        ({**TRL, "margin": 10**400}, "margin not finite"),
+        ({**TRL, "margin": 10**400}, "margin not finite, or beyond 1e+12"),
         ({**TRL, "tag": ["a"]}, "a name that is not text"),
         ({**TRL, "id": 1.5}, "a name that is not text"),
     ],
@@ -267,9 +267,10 @@ def test_a_safety_order_against_the_signs_is_kept_and_flagged(tmp_path: Path) ->
         (PANDA | {"instruction": "", "input": ""}, "empty turn"),
         (BAR | {"label": 0}, "label not one of 1, 2"),
         (BAR | {"output_2": "four "}, "identical answers"),
-        (BAR | {"weight": -1}, "weight not a finite number of at least 0"),
-        (BAR | {"weight": "1"}, "weight not a finite number of at least 0"),
-        (BAR | {"weight": float("inf")}, "weight not a finite number of at least 0"),
+        (BAR | {"weight": -1}, "weight not a number from 0 to 1e+12"),
+        (BAR | {"weight": "1"}, "weight not a number from 0 to 1e+12"),
+        (BAR | {"weight": 1e128}, "weight not a number from 0 to 1e+12"),
+        (BAR | {"weight": float("inf")}, "weight not a number from 0 to 1e+12"),
     ],
 )
 def test_a_numbered_row_that_cannot_be_used_is_kept_aside(tmp_path: Path, row: dict[str, Any], reason: str) -> None:

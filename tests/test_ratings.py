@@ -68,7 +68,8 @@ def test_responses_stand_best_first_unless_ranks_say_otherwise(tmp_path: Path, r
     ("row", "reason"),
     [
         ({**RATED, "rating": None}, "no rating"),
-        ({**RATED, "rating": NAN}, "rating not finite"),
+        ({**RATED, "rating": NAN}, "rating not finite, or beyond 1e+12"),
+        ({**RATED, "rating": -1e200}, "rating not finite, or beyond 1e+12"),
         ({**RATED, "rating": "5"}, "rating not a number"),
         ({**RATED, "rating": True}, "rating not a number"),
         ({**RATED, "response": " "}, "empty response"),

@@ -156,6 +156,8 @@ def test_damaged_and_missing_gzip_files_are_refused_in_words(write, tmp_path: Pa
         ({"rejected": [{**ANSWER[0], "name": "x"}]}, "rejected.0.name: unknown key; remove it."),
         ({"id": ""}, "id: String should have at least 1 character (found '')"),
         ({"weight": -1}, "weight: Input should be greater than or equal to 0 (found -1)"),
+        ({"weight": 1e31}, "weight: Input should be less than or equal to 1000000000000 (found 1e+31)"),
+        ({"margin": -1e39}, "margin: Input should be greater than or equal to -1000000000000 (found -1e+39)"),
         ({"safer": 1.5}, "safer: Input should be less than or equal to 1 (found 1.5)"),
         ({"safer": -0.5}, "safer: Input should be greater than or equal to 0 (found -0.5)"),
         ({"chosen_safe": 1}, "chosen_safe: Input should be a valid boolean (found 1)"),
@@ -190,6 +192,7 @@ def test_safety_is_an_order_of_its_own_and_unknown_where_nothing_is_said():
     [
         ({"rating": "good"}, "rating: Input should be a valid number, unable to parse string as a number"),
         ({"rating": None}, "rating: Input should be a valid number (found nothing)"),
+        ({"rating": 1e200}, "rating: Input should be less than or equal to 1000000000000 (found 1e+200)"),
         ({"response": []}, "response: List should have at least 1 item after validation, not 0 (found [])"),
         ({"weight": -0.5}, "weight: Input should be greater than or equal to 0 (found -0.5)"),
         ({"score": 1}, "score: unknown key"),

@@ -6,6 +6,7 @@ from tiny_rows import comparison, question, ranking, rating
 from rlaif.errors import DataError
 from rlaif.model.roles import SharedBase
 from rlaif.recipe import ModelSection, PairLoss, RewardSection
+from rlaif.records import LARGEST
 from rlaif.stages import reward_data
 from rlaif.stages.reward_data import cost_examples, examples, split_rows, standard_ratings, usable
 
@@ -144,6 +145,16 @@ def test_weights_of_rows_annotators_and_sources_multiply_and_average_1(base):
     found = examples(base, left.rows, settings, {})
     assert [example.id for example in found] == ["c-1", "c-2", "c-3"]
     assert [example.weight for example in found] == pytest.approx([3 / 5, 6 / 5, 6 / 5])
+
+
+def test_the_largest_weights_and_ratings_that_are_read_are_computed_with(base):
+    rows = [comparison(n, weight=LARGEST) for n in range(3)]
+    found = examples(base, rows, RewardSection(weights={"construction": LARGEST}), {})
+    assert [example.weight for example in found] == pytest.approx([1.0, 1.0, 1.0])
+    rated = standard_ratings([rating(n, value=value) for n, value in enumerate((-LARGEST, 0, LARGEST))])
+    assert list(rated.values()) == pytest.approx([-(1.5**0.5), 0.0, 1.5**0.5])
+    with pytest.raises(ValueError, match="weights"):
+        RewardSection(weights={"crowd": 1e128})
 
 
 def test_the_loss_of_a_comparison_is_its_annotators_or_its_sources_or_the_general_one(base):

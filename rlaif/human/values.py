@@ -1,19 +1,19 @@
 """Single values of other projects' rows: each is read as what it must be, or the row is unusable for it."""
 
-import sys
 from collections.abc import Sequence
 
 from rlaif.human.json_objects import Fields
+from rlaif.records import LARGEST
 from rlaif.transcripts import Unusable
 
 
 def number(row: Fields, column: str) -> float | None:
-    """Return a finite number, or None where the column is empty.
+    """Return a number that can be computed with, at most 1e12 on either side of 0, or None where the column is empty.
 
     Raises:
         Unusable: something else stands there.
     """
-    return _between(row, column, -sys.float_info.max, sys.float_info.max, "not finite")
+    return _between(row, column, -LARGEST, LARGEST, f"not finite, or beyond {LARGEST:g}")
 
 
 def probability(row: Fields, column: str) -> float | None:
@@ -40,14 +40,14 @@ def weight(row: Fields) -> float:
     """Return how much a row counts, 1 where it does not say.
 
     Raises:
-        Unusable: not a finite number of at least 0.
+        Unusable: not a number from 0 to 1e12.
     """
     try:
         found = number(row, "weight")
     except Unusable:
         found = -1.0
     if found is not None and found < 0:
-        raise Unusable("weight not a finite number of at least 0")
+        raise Unusable(f"weight not a number from 0 to {LARGEST:g}")
     return 1.0 if found is None else found
 
 
