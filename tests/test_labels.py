@@ -55,6 +55,26 @@ def test_ratings_and_rankings_of_this_package_come_back_as_they_were(tmp_path: P
             read_comparisons(path)
 
 
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"prompt": [{"role": "system", "content": "S"}]}, "odd roles"),
+        ({"prompt": assistant("A")}, "odd roles"),
+        ({"prompt": [{"role": "user", "content": "Q"}, *assistant("A")]}, "odd roles"),
+        ({"prompt": [{"role": "bot", "content": "Q"}]}, "odd roles"),
+        ({"prompt": [{"role": "user", "content": " "}]}, "empty turn"),
+        ({"rejected": [{"role": "user", "content": "bad"}]}, "last turn is not the assistant's"),
+    ],
+)
+def test_rows_of_this_package_that_are_no_conversation_are_kept_aside(
+    change: dict[str, Any], reason: str, tmp_path: Path
+) -> None:
+    odd = OURS.model_copy(update={"id": "c2", **change})
+    found = read_labels(written(tmp_path / "ours.jsonl", OURS, odd))
+    assert found.rows == [OURS]
+    assert found.unused == [{"line": 2, "reason": reason, "row": odd.model_dump()}]
+
+
 def test_a_file_where_only_pairs_are_of_use_may_be_of_any_form(tmp_path: Path) -> None:
     assert len(read_comparisons(written(tmp_path / "theirs.jsonl", *THEIRS), tag="t").comparisons) == 40
     with pytest.raises(DataError, match="holds ratings"):

@@ -7,7 +7,9 @@ from pathlib import Path
 from rlaif.errors import DataError
 from rlaif.human.contradictions import FLAG, WHY
 from rlaif.human.importers import Imported, Labelled, import_file, sorted_out
+from rlaif.human.json_objects import Fields
 from rlaif.records import Comparison, Ranking, Rating, read_jsonl, read_rows
+from rlaif.transcripts import Unusable, refuse_odd_turns
 
 OWN = "rlaif"
 _OWN_COLUMNS = {"provenance", "source", "annotator", "split"}
@@ -21,7 +23,9 @@ _KINDS: dict[str, type[Comparison] | type[Rating] | type[Ranking]] = {
 def read_labels(
     path: Path, *, tag: str = "", annotator: str = "human", seed: int = 0, eval_fraction: float = 0.0
 ) -> Imported:
-    """Read rows that this package wrote as they are, and import a file of any other known form.
+    """Read rows in this package's form as they are, and import a file of any other known form.
+
+    Of both, rows whose turns are no conversation are kept aside.
 
     Args:
         path: the file.
@@ -37,9 +41,30 @@ def read_labels(
     if kind is None:
         return import_file(path, tag=tag, annotator=annotator, seed=seed, eval_fraction=eval_fraction)
     rows: list[Labelled] = []
-    for row in read_rows(path, kind):
-        rows.append(row.model_copy(update={"tag": row.tag or tag}))
-    return sorted_out(rows, [], OWN)
+    unused: list[Fields] = []
+    for (line, fields), row in zip(read_jsonl(path), read_rows(path, kind), strict=True):
+        try:
+            _refuse_odd_turns(row)
+        except Unusable as reason:
+            unused.append({"line": line, "reason": str(reason), "row": fields})
+        else:
+            rows.append(row.model_copy(update={"tag": row.tag or tag}))
+    return sorted_out(rows, unused, OWN)
+
+
+def _refuse_odd_turns(row: Labelled) -> None:
+    """Check that a user asks last and the assistant answers.
+
+    Raises:
+        Unusable: the turns are in another order, or one is empty.
+    """
+    refuse_odd_turns(row.prompt)
+    if isinstance(row, Comparison):
+        answers = [row.chosen, row.rejected]
+    else:
+        answers = row.responses if isinstance(row, Ranking) else [row.response]
+    if any(answer[-1]["role"] != "assistant" for answer in answers):
+        raise Unusable("last turn is not the assistant's")
 
 
 def read_comparisons(path: Path, *, tag: str = "", seed: int = 0) -> Imported:
