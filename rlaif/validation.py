@@ -3,7 +3,7 @@
 import difflib
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -58,6 +58,14 @@ def explain(model: type[BaseModel], keys: Sequence[Key], item: Any) -> str:
     if item["type"] == "string_type" and isinstance(found, int | float):
         shown += "; put it in quotes"
     return f"{dotted}: {message}" + (f" (found {shown})" if shown else "")
+
+
+def unknown_name(key: str, name: str, lacking: str, known: Collection[str]) -> str:
+    """Return the problem of a name that a recipe gives and data lack, with the nearest one and all there are."""
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    guess = f"; did you mean `{near[0]}`?" if near else "."
+    there = ", ".join(f"`{one}`" for one in sorted(known)) or "none"
+    return f"{key}: {lacking} `{name}`{guess} There are: {there}. Correct the name, or leave it out."
 
 
 def real_keys(data: Any, item: Any) -> tuple[Key, ...]:

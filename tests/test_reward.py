@@ -13,7 +13,7 @@ from tiny_rows import ROWS, comparison, ranking, rating
 from transformers import TrainerState
 
 from rlaif import files
-from rlaif.errors import DataError, StageError
+from rlaif.errors import ConfigError, DataError, StageError
 from rlaif.model import sampling
 from rlaif.report.reading import RewardEvaluation
 from rlaif.stages import reward, reward_training
@@ -289,6 +289,12 @@ def test_a_stage_without_rows_to_train_on_or_to_measure_with_says_so_before_trai
 def test_rows_of_weight_0_alone_are_refused(opened):
     with pytest.raises(DataError, match=r"0 usable \(weight 0: 12\).*or raise reward\.weights"):
         reward.reward(opened(weights={"construction": 0.0}))
+
+
+def test_a_misspelt_name_of_an_annotator_is_refused_before_a_model_is_loaded(opened):
+    with pytest.raises(ConfigError, match=r"reward\.weights: .*`constuction`; did you mean `construction`"):
+        run = opened(weights={"constuction": 0.0}, model="no model")
+        reward.reward(run)
 
 
 # --- rankings, ratings, several heads and adapters -------------------------------------------------------------------

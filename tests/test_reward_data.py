@@ -3,12 +3,12 @@
 import pytest
 from tiny_rows import comparison, question, ranking, rating
 
-from rlaif.errors import DataError
+from rlaif.errors import ConfigError, DataError
 from rlaif.model.roles import SharedBase
 from rlaif.recipe import ModelSection, PairLoss, RewardSection
 from rlaif.records import LARGEST
 from rlaif.stages import reward_data
-from rlaif.stages.reward_data import cost_examples, examples, split_rows, standard_ratings, usable
+from rlaif.stages.reward_data import cost_examples, examples, refuse_unknown_names, split_rows, standard_ratings, usable
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +154,7 @@ def test_the_largest_weights_and_ratings_that_are_read_are_computed_with(base):
     rated = standard_ratings([rating(n, value=value) for n, value in enumerate((-LARGEST, 0, LARGEST))])
     assert list(rated.values()) == pytest.approx([-(1.5**0.5), 0.0, 1.5**0.5])
     with pytest.raises(ValueError, match="weights"):
-        RewardSection(weights={"crowd": 1e128})
+        RewardSection(weights={"crowd": 1e308})
 
 
 def test_the_loss_of_a_comparison_is_its_annotators_or_its_sources_or_the_general_one(base):
@@ -167,6 +167,20 @@ def test_the_loss_of_a_comparison_is_its_annotators_or_its_sources_or_the_genera
         comparison(3, source="human", annotator="crowd"),
     ]
     assert [example.loss for example in examples(base, rows, settings, {})] == [PairLoss(), smooth, noisy]
+
+
+@pytest.mark.parametrize("key", ["weights", "pair_losses"])
+def test_a_name_that_no_row_has_is_refused_with_the_nearest_one_and_all_there_are(key):
+    rows = [comparison(1, source="human", annotator="crowd-1"), rating(2, annotator="staff")]
+    known = {name: PairLoss() if key == "pair_losses" else 1.0 for name in ("crowd-1", "staff", "human", "ai")}
+    refuse_unknown_names(RewardSection(**{key: known}), rows)  # an absent source is no misspelt one
+    with pytest.raises(
+        ConfigError, match=rf"^reward\.{key}: no row has the .* `crwd-1`; did you mean `crowd-1`\? There"
+    ) as found:
+        refuse_unknown_names(RewardSection(**{key: {**known, "crwd-1": known["staff"], "x": known["staff"]}}), rows)
+    assert f"reward.{key}: no row has the annotator or source `x`. There are: `crowd-1`, `human`, `staff`." in str(
+        found.value
+    )
 
 
 def test_ratings_are_standardized_for_each_annotator(base):

@@ -43,7 +43,7 @@ from rlaif.stages.gate import starting_policy
 from rlaif.stages.independent import independent_figures, independent_inputs
 from rlaif.stages.judged_reward import reward_inputs
 from rlaif.stages.ppo_outputs import finish, record
-from rlaif.stages.ppo_prompts import prompts_of_update, refuse_long
+from rlaif.stages.ppo_prompts import prompts_of, prompts_of_update, refuse_long
 from rlaif.stages.ptx import Ptx, ptx_files
 from rlaif.stages.reward_model import CALIBRATION
 from rlaif.stages.rollouts import mismatch, rollout_inputs
@@ -86,7 +86,7 @@ def inputs(run: Run) -> dict[str, str]:
             **ptx_files(run),
             **starting_policy(run, NAME).as_input("start"),
         },
-        prompts=run.prompts_hash(run.select("train", settings.prompts_per_tag)),
+        prompts=run.prompts_hash(prompts_of(run)),
         **reward_inputs(run),
         **independent_inputs(run),
         **constraint_inputs(run),
@@ -98,7 +98,7 @@ def inputs(run: Run) -> dict[str, str]:
 def ppo(run: Run) -> dict[str, Any]:
     """Run the stage; return the counts for its manifest."""
     settings = run.recipe.ppo
-    prompts = run.select("train", settings.prompts_per_tag)
+    prompts = prompts_of(run)
     actors = assign_roles(run)
     base = actors.base
     refuse_long(base, prompts, settings.sampling.max_new_tokens)

@@ -2,11 +2,27 @@
 
 import random
 
-from rlaif.errors import DataError
+from rlaif.errors import ConfigError, DataError
 from rlaif.model.roles import SharedBase
 from rlaif.records import Prompt
 from rlaif.stages.checkpoints import STAGE
 from rlaif.stages.run import Run
+from rlaif.validation import unknown_name
+
+
+def prompts_of(run: Run) -> list[Prompt]:
+    """Return the prompts that PPO learns on.
+
+    Raises:
+        ConfigError: `ppo.gate_tags` has a tag that no prompt has, and would change nothing.
+        DataError: there are fewer of a tag than asked for.
+    """
+    settings = run.recipe.ppo
+    tags = {prompt.tag for prompt in run.prompts}
+    unknown = [tag for tag in settings.gate_tags if tag not in tags]
+    if unknown:
+        raise ConfigError(*(unknown_name("ppo.gate_tags", tag, "no prompt has the tag", tags) for tag in unknown))
+    return run.select("train", settings.prompts_per_tag)
 
 
 def refuse_long(base: SharedBase, prompts: list[Prompt], max_new_tokens: int) -> None:

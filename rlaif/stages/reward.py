@@ -13,6 +13,7 @@ folders of their own (``reward-2/``, ``cost/``). ``unused.jsonl`` holds the rows
 sources that go with labels which the model, or a bag of words, speaks against.
 """
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ from rlaif.stages.reward_data import (
     count_reasons,
     examples,
     has_safety,
+    refuse_unknown_names,
     split_rows,
     standard_ratings,
     usable,
@@ -113,9 +115,12 @@ def reward(run: Run) -> dict[str, Any]:
     """Run the stage; return the counts for its manifest."""
     settings, folder = run.recipe.reward, run.stage_folder(NAME)
     rows, again, known = read_labels(run), [], NOTHING_KNOWN
+    before = [read_labels(one) for one in run.earlier]
+    if run.recipe.feedback == "ai" or run.round == run.recipe.rounds.count:  # people of later rounds may be new
+        refuse_unknown_names(settings, itertools.chain(rows, *before))
     base = run.load_reward_base()
     if run.round > 1:
-        earlier = [_usable(run, base, read_labels(before)).rows for before in run.earlier]
+        earlier = [_usable(run, base, part).rows for part in before]
         again, known = replayed(run, earlier, rows), known_sides(earlier, settings.heldout_fraction)
     found = _usable(run, base, [*rows, *again])
     files.write_jsonl(folder / "unused.jsonl", found.unused)

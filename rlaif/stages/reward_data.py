@@ -10,14 +10,15 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 from rlaif.documents import fingerprint
-from rlaif.errors import DataError
+from rlaif.errors import ConfigError, DataError
 from rlaif.maths.preference import standardize_by_annotator
 from rlaif.model.roles import SharedBase
 from rlaif.recipe import PairLoss, RewardSection
-from rlaif.records import Comparison, Messages, Ranking, Rating, text_of
+from rlaif.records import Comparison, Messages, Ranking, Rating, Source, text_of
+from rlaif.validation import unknown_name
 
 Kind = Literal["pair", "ranking", "rating", "cost"]
 Labelled = Comparison | Ranking | Rating
@@ -88,6 +89,23 @@ def answers_of(row: Labelled) -> list[Messages]:
 def weight_of(row: Labelled, weights: Mapping[str, float]) -> float:
     """Return what a row counts: its own weight times that of its annotator, else of its source."""
     return row.weight * weights.get(row.annotator, weights.get(row.source, 1.0))
+
+
+def refuse_unknown_names(settings: RewardSection, rows: Iterable[Labelled]) -> None:
+    """Stop where the recipe weighs, or gives a loss to, an annotator or a source that no row has.
+
+    Raises:
+        ConfigError: a name, most likely misspelt, would change nothing.
+    """
+    names = {name for row in rows for name in (row.annotator, row.source)}
+    problems = [
+        unknown_name(f"reward.{key}", name, "no row has the annotator or source", names)
+        for key, given in (("weights", settings.weights), ("pair_losses", settings.pair_losses))
+        for name in given
+        if name not in names and name not in get_args(Source)
+    ]
+    if problems:
+        raise ConfigError(*problems)
 
 
 def usable(base: SharedBase, rows: Iterable[Labelled], max_length: int, weights: Mapping[str, float]) -> Usable:
