@@ -277,5 +277,5 @@ def test_a_checkpoint_holds_the_role_and_nothing_of_the_base(opened):
 
 
 def test_a_training_that_diverges_stops_the_stage(opened):
-    with pytest.raises(StageError, match=r"dpo: the loss is nan at step \d.*diverged\. Lower dpo\.learning_rate"):
-        dpo.dpo(opened(learning_rate=1e25))
+    with pytest.raises(StageError, match=r"dpo: the loss is nan at step [123]:.*diverged\. Lower dpo\.learning_rate"):
+        dpo.dpo(opened(learning_rate=1e25, max_steps=4))

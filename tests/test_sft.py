@@ -152,8 +152,8 @@ def test_no_demonstration_and_none_that_fits_are_errors_that_say_what_to_do(open
 
 @pytest.mark.slow
 def test_a_training_that_diverges_stops_the_stage(opened):
-    with pytest.raises(StageError, match=r"sft: the loss is nan at step \d.*diverged\. Lower sft\.learning_rate"):
-        sft.sft(opened(learning_rate=1e37))
+    with pytest.raises(StageError, match=r"sft: the loss is nan at step [123]:.*diverged\. Lower sft\.learning_rate"):
+        sft.sft(opened(learning_rate=1e37, weight_decay=0.1))
 
 
 @pytest.mark.parametrize(
