@@ -136,3 +136,25 @@ def test_a_rating_and_a_ranking_lead_to_the_lines_of_their_files(make: Maker) ->
         (node,) = trace(run.folder, row["id"])
         assert (node.what, node.where, node.text) == (name[:-1], f"3-label/{name}.jsonl:1", text)
         assert [(source.what, source.where) for source in node.sources] == [("label by a person", file)]
+
+
+def test_annotators_of_one_pair_in_two_files_stay_rows_of_their_own(make: Maker) -> None:
+    """As within one file: another annotator's row gets the name added, the same row twice or a reused id is unused."""
+    mine = [{**row, "id": f"p{n}", "annotator": "a"} for n, row in enumerate(PAIRS)]
+    turned = {"prompt": PAIRS[0]["prompt"], "chosen": "bad 0", "rejected": "good 0", "id": "p0"}
+    theirs = [mine[1], {**turned, "annotator": "b"}, {**turned, "id": "p2", "annotator": "a"}, mine[0]]
+    people = labels_of(make(mine, theirs))
+    assert [row.id for row in people.comparisons] == ["p0", "p1", "p2", "p0@b"]
+    assert people.comparisons[3].chosen[0]["content"] == "bad 0"
+    again = "stands in two files"
+    assert [row["reason"] for row in people.unused] == [again, "id used in labels-0.jsonl by another row", again]
+    assert people.contradictory == 0
+    other_order = labels_of(make(theirs, mine))
+    assert len(other_order.comparisons) == 4 and len(other_order.unused) == 3
+
+
+def test_a_row_named_after_its_annotator_in_one_file_is_known_by_its_id_in_another(make: Maker) -> None:
+    both = [{**PAIRS[0], "id": "p0", "annotator": name} for name in ("b", "a")]  # in a file of both: p0 and p0@a
+    people = labels_of(make(both[1:], both))
+    assert [row.id for row in people.comparisons] == ["p0", "p0@b"]
+    assert [row["reason"] for row in people.unused] == ["stands in two files"]

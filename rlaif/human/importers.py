@@ -131,7 +131,7 @@ def import_file(
     source = {"file": path.name, "sha256": file_sha256(path)}
     rows: list[Labelled] = []
     unused: list[Fields] = []
-    seen: dict[str, tuple[int, str]] = {}
+    seen: dict[str, tuple[str, str]] = {}
     for line, fields in objects:
         provenance = {**source, "line": line, "format": found}
         try:
@@ -223,16 +223,42 @@ def _comparison(pair: Pair, names: Fields, identifier: str, counts: float, prove
     return Comparison.model_validate(content | said | own | {"provenance": provenance})
 
 
-def _refuse_second(row: Labelled, line: int, seen: dict[str, tuple[int, str]]) -> None:
-    """Note a row's content and id, and refuse what stood in the file before.
+class Earlier(NamedTuple):
+    """Where a row's id stood before; `alike`: with the same content by the same annotator."""
 
-    An id may name a pair that several annotators judged; the later ones get their names added to it.
+    place: str
+    alike: bool
+
+
+def why_unused(row: Labelled, file: str, seen: dict[str, tuple[str, str]]) -> str:
+    """Note a row of one of several files, or return the reason why it is none of its own; `seen` begins empty."""
+    before = _earlier(row, file, seen)
+    if before is None:
+        return ""
+    if not before.alike:
+        return f"id used in {before.place} by another row"
+    return "stands there twice" if before.place == file else "stands in two files"
+
+
+def _refuse_second(row: Labelled, line: int, seen: dict[str, tuple[str, str]]) -> None:
+    """Note a row of a file, and refuse what stood there before."""
+    before = _earlier(row, f"line {line}", seen)
+    if before:
+        raise Unusable(f"{'duplicate of' if before.alike else 'id used in'} {before.place}")
+
+
+def _earlier(row: Labelled, place: str, seen: dict[str, tuple[str, str]]) -> Earlier | None:
+    """Note a row's content and id with its place, or return where they stood before.
+
+    An id may name what several annotators judged; the later ones get their names added to it.
     """
-    content = fingerprint(row.model_dump(exclude={"provenance", "flags", "split"}))
+    about = row.model_dump(exclude={"provenance", "flags", "split"})
+    content = fingerprint(about | {"id": row.id.removesuffix(f"@{row.annotator}")})
     if content in seen:
-        raise Unusable(f"duplicate of line {seen[content][0]}")
+        return Earlier(seen[content][0], alike=True)
     if row.id in seen and seen[row.id][1] != row.annotator:
         row.id = f"{row.id}@{row.annotator}"
     if row.id in seen:
-        raise Unusable(f"id used in line {seen[row.id][0]}")
-    seen[content] = seen[row.id] = line, row.annotator
+        return Earlier(seen[row.id][0], alike=False)
+    seen[content] = seen[row.id] = place, row.annotator
+    return None

@@ -15,6 +15,7 @@ from rlaif.constitution import Constitution, Principle, applying, draw
 from rlaif.documents import fingerprint
 from rlaif.engines.engine import Engine
 from rlaif.engines.local import LocalEngine
+from rlaif.human.importers import why_unused
 from rlaif.human.labels import read_comparisons
 from rlaif.model.roles import BASE, SharedBase
 from rlaif.prompt_sets import as_text
@@ -197,7 +198,7 @@ def from_files(run: Run) -> tuple[list[Candidate], Unused]:
     found: list[Candidate] = []
     unused: Unused = []
     seen: Counter[str] = Counter()
-    known: set[str] = set()
+    known: dict[str, tuple[str, str]] = {}
     for path in run.loaded.candidate_files:
         imported = read_comparisons(path, tag=settings.candidate_tag, seed=run.recipe.seed)
         unused += [{"file": path.name, **row} for row in imported.unused]
@@ -205,10 +206,10 @@ def from_files(run: Run) -> tuple[list[Candidate], Unused]:
             seen[row.tag] += 1
             if settings.prompts_per_tag and seen[row.tag] > settings.prompts_per_tag.get(row.tag, 0):
                 continue
-            if row.id in known:
-                unused.append({"file": path.name, "reason": "stands in two files", "row": row.model_dump()})
+            reason = why_unused(row, path.name, known)
+            if reason:
+                unused.append({"file": path.name, "reason": reason, "row": row.model_dump()})
                 continue
-            known.add(row.id)
             found.append(_of_comparison(run, row))
     return found, unused
 

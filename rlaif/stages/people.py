@@ -11,7 +11,7 @@ from rlaif import files
 from rlaif.documents import fingerprint
 from rlaif.errors import StageError
 from rlaif.human.contradictions import mark
-from rlaif.human.importers import Labelled
+from rlaif.human.importers import Labelled, why_unused
 from rlaif.human.labels import read_comparisons, read_labels
 from rlaif.records import Comparison, Messages, Ranking, Rating, text_of, with_system
 from rlaif.rounds import LABELS
@@ -50,18 +50,20 @@ def people_labels(run: Run, engines: Engines) -> People:
     """
     if run.round > 1:
         return _of_round(run, engines)
-    rows: dict[str, Labelled] = {}
+    kept: list[Labelled] = []
     unused: list[dict[str, Any]] = []
+    seen: dict[str, tuple[str, str]] = {}
     settings = run.recipe.human
     for path in run.loaded.human_files if run.recipe.feedback != "ai" else ():
         imported = read_labels(path, tag=settings.tag, annotator=settings.annotator, seed=run.recipe.seed)
         for row in imported.rows:
             row.prompt = with_system(row.prompt, run.recipe.system_prompt)  # as the policy will be asked
-            if row.id in rows:
-                unused.append({"file": path.name, "reason": "stands in two files", "row": row.model_dump()})
-            rows.setdefault(row.id, row)
+            reason = why_unused(row, path.name, seen)
+            if reason:
+                unused.append({"file": path.name, "reason": reason, "row": row.model_dump()})
+            else:
+                kept.append(row)
         unused += [{"file": path.name, **row} for row in imported.unused]
-    kept = list(rows.values())
     return People(
         [row for row in kept if isinstance(row, Comparison)],
         [row for row in kept if isinstance(row, Rating)],
