@@ -15,12 +15,12 @@ from rlaif.records import Messages
 from rlaif.rounds import gates
 
 ALIGNED = "aligned"
-_POLICIES = (
-    ("8-rejection/policy", "after rejection sampling"),
-    ("7-dpo/policy", "after DPO"),
-    ("5-ppo/policy", "after PPO"),
-    ("2-sft/adapter", "after SFT"),
-)
+_POLICIES = {
+    "sft": ("2-sft/adapter", "after SFT"),
+    "ppo": ("5-ppo/policy", "after PPO"),
+    "dpo": ("7-dpo/policy", "after DPO"),
+    "rejection": ("8-rejection/policy", "after rejection sampling"),
+}
 
 
 class Conversation:
@@ -33,14 +33,15 @@ class Conversation:
             StageError: the run has no trained policy yet.
         """
         recipe: Recipe = open_run(folder).recipe
-        found = [(folder / path, title) for path, title in _POLICIES if (folder / path).is_dir()]
+        newest_first = [_POLICIES[stage] for stage in reversed(recipe.stages) if stage in _POLICIES]
+        found = [(folder / path, title) for path, title in newest_first if (folder / path).is_dir()]
         ended = gates(folder, recipe.rounds.count) if recipe.rounds.count > 1 else []
         if ended:
             found = [(folder / "policy", f"kept after round {len(ended)}")]
             if not found[0][0].is_dir():
                 raise StageError(f"{folder}: no policy was better than the base itself, as {ended[-1]} says.")
         if not found:
-            looked = ", ".join(path for path, _ in _POLICIES)
+            looked = ", ".join(path for path, _ in newest_first)
             raise StageError(f"{folder}: has no policy yet (none of {looked}). Run its recipe first.")
         adapter, self.title = found[0]
         self._base = SharedBase.load(recipe.model)

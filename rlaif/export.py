@@ -32,7 +32,13 @@ set -euo pipefail
 here="$(cd "$(dirname "${{BASH_SOURCE[0]}}")" && pwd)"
 gpus="${{GPUS:-1}}"
 export RLAIF_REWARD_URL="${{RLAIF_REWARD_URL:-{address}}}"
-model={base}
+"""
+_MODEL = "model={base}\n"
+_PINNED = """\
+# The commit that the adapters stand on.
+model="$(python3 -c 'import sys
+from huggingface_hub import snapshot_download
+print(snapshot_download(sys.argv[1], revision=sys.argv[2]))' {base} {revision})"
 """
 # The adapter is merged in float32: rounded to bfloat16, the sum would lose part of what was learned.
 _MERGE = """
@@ -86,7 +92,7 @@ def export(engine: str, folder: Path, output: Path | None = None) -> Path:
         run = Run(loaded, folder, book, Progress(quiet=True))
         run.output("reward", "adapter")
         train = ordered_prompts(run)
-        tokenizer = load_tokenizer(loaded.recipe.model.model_name_or_path)
+        tokenizer = load_tokenizer(loaded.recipe.model.model_name_or_path, loaded.recipe.model.model_revision)
         longest = max(len(tokenizer.prompt(row.messages)) for row in train)
         found = settings_for(engine, loaded.recipe, longest)
         with files.fresh_folder(output) as fresh:
@@ -163,8 +169,10 @@ def _write_openrlhf(run: Run, folder: Path, train: list[Prompt], found: Exported
 
 def _write_script(run: Run, folder: Path, engine: str, words: list[str]) -> None:
     title = f"PPO of the run {run.recipe.name} in {engine} {VERSIONS[engine]}; README.md says what was carried over."
-    base = shlex.quote(resolve(run.recipe.model.model_name_or_path))
-    text = _HEAD.format(title=title, address=ADDRESS, base=base)
+    source, revision = resolve(run.recipe.model.model_name_or_path), run.recipe.model.model_revision
+    pinned = revision is not None and not Path(source).is_dir()
+    text = _HEAD.format(title=title, address=ADDRESS)
+    text += (_PINNED if pinned else _MODEL).format(base=shlex.quote(source), revision=shlex.quote(revision or ""))
     if "sft" in run.recipe.stages:
         text += _MERGE.format(adapter=shlex.quote(str(run.output("sft", "adapter").resolve())))
     text += "\n" + " \\\n    ".join([*words, '"$@"']) + "\n"

@@ -9,6 +9,8 @@ from ruamel.yaml.error import YAMLError
 from rlaif.documents import Document, Key, Problem, Severity
 from rlaif.errors import ConfigError
 
+_SHORT = {"model": "model_name_or_path", "rounds": "count"}  # sections that a recipe may write as one value
+
 
 @dataclass
 class Overridden(Document):
@@ -40,8 +42,8 @@ def override(document: Overridden, option: str) -> None:
         raise ConfigError(f"--set {option}: `{text}` is not a YAML value.") from None
     target = document.data
     for depth, key in enumerate(keys[:-1]):
-        if key == "model" and isinstance(target.get(key), str):
-            target[key] = {"model_name_or_path": target[key]}
+        if not depth and key in _SHORT and isinstance(target.get(key), str | int):
+            target[key] = {_SHORT[key]: target[key]}
         target = target.setdefault(key, {})
         if not isinstance(target, dict):
             raise ConfigError(f"--set {option}: `{'.'.join(keys[: depth + 1])}` is a value, not a section.")

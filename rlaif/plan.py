@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from rlaif import journal
+from rlaif import files, journal
 from rlaif.engines.engine import Answer, Answered, Engine, Question, request_hash
 from rlaif.errors import RlaifError
 from rlaif.journal import Journal, Manifest
@@ -184,7 +184,8 @@ def _of_stage(run: Run, real: Path, step: Step, forced: bool, before: list[Stage
         run.stage_folder(stage).symlink_to(folder.resolve())
         return found
     if stage in _TRAINED:
-        (run.stage_folder(stage) / _TRAINED[stage]).mkdir(parents=True)
+        adapter = run.stage_folder(stage) / _TRAINED[stage]
+        files.write_json(adapter / "adapter_config.json", {"not_trained_yet": str(step)})  # its own, so are its answers
         if stage not in _ASKING:
             return found
 

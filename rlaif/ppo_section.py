@@ -1,12 +1,13 @@
 """The recipe's section `ppo`: the settings of the optimization, and which of them go together."""
 
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from rlaif.endpoints import BASE, RAY
 from rlaif.health import HealthSection
-from rlaif.reward_parts import CompositeSection, IndependentPart
+from rlaif.reward_parts import OWN_STAGE, CompositeSection, IndependentPart
 from rlaif.sections import Combination, Fraction, NonNegative, Positive, PositiveFloat, Section, WarmSamplingSection
 
 _GROUPS = ("rloo", "grpo", "dr_grpo")  # estimators that compare responses to one prompt
@@ -89,6 +90,9 @@ class PpoSection(CompositeSection):
     score_clip: PositiveFloat | None = None
     critic: Literal["auto", "trunk", "adapter"] = Field("auto", description="auto: trunk on a CPU, adapter on a GPU")
     reward_function: str | None = Field(None, description="a registered scoring function instead of the reward model")
+    judge: str | None = Field(
+        None, description="who rates where the judge does: `base`, `ray` or a name in `engines`; absent: as label.judge"
+    )
     reward_model: Combination = Combination()
     independent: list[IndependentPart] = Field(
         [], description="parts of a score that the policy does not optimize, as in `rewards`; absent: none"
@@ -117,6 +121,8 @@ class PpoSection(CompositeSection):
             )
         if self.warmup_updates > self.updates:
             raise ValueError(f"warmup_updates is {self.warmup_updates}, and there are {self.updates} updates in all")
+        if self.kl_target and not self.kl_coef:
+            raise ValueError("kl_target multiplies kl_coef, which is 0; give a kl_coef above 0 to start from")
         if self.reward_function and self.rewards:
             raise ValueError("reward_function and rewards exclude each other; make the function a part of rewards")
         return self
@@ -147,6 +153,9 @@ class PpoSection(CompositeSection):
             )
         if self.ptx_coef and not self.ptx_file:
             raise ValueError("ptx_coef is above 0, but ptx_file names no text to learn from")
+        of_text = sorted({"ptx_batch", "ptx_heldout", "ptx_length"} & self.changed)
+        if of_text and not self.ptx_file:
+            raise ValueError(f"{of_text[0]} is read where there is a text, and ptx_file names none")
         return self
 
     @model_validator(mode="after")
@@ -169,6 +178,17 @@ class PpoSection(CompositeSection):
             raise ValueError("independent: one source stands in two parts; each but `function` can be given once")
         if any(part.member for part in self.independent) and ("model", None) not in optimized:
             raise ValueError("independent: `member` is one of the reward model that is optimized; here give `model`")
+        return self
+
+    @property
+    def is_judged(self) -> bool:
+        """Whether the judge's rating is the reward, a part of it, or a part of the independent score."""
+        return self.reward_function == "judge" or any(part.judge for part in [*self.rewards, *self.independent])
+
+    @model_validator(mode="after")
+    def _judge_is_asked(self) -> "PpoSection":
+        if self.judge and not self.is_judged:
+            raise ValueError("judge is read where the judge's rating is a score, and none is; see reward_function")
         return self
 
     @model_validator(mode="after")
@@ -208,6 +228,17 @@ class PpoSection(CompositeSection):
         named += [("ppo.constraint", self.constraint.cost)] if self.constraint else []
         return {key: cost for key, cost in named if cost}
 
+    def with_costs_of(self, stage: Path) -> "PpoSection":
+        """Return the section with the folder of another run's cost adapter as it was found, for any working folder."""
+        place = {"cost": str(stage)}
+        found: dict[str, Any] = {
+            key: [part.model_copy(update=place) if _is_elsewhere(part.cost) else part for part in getattr(self, key)]
+            for key in ("rewards", "independent")
+        }
+        if self.constraint and _is_elsewhere(self.constraint.cost):
+            found["constraint"] = self.constraint.model_copy(update=place)
+        return self.model_copy(update=found)
+
     @property
     def has_critic(self) -> bool:
         """Whether a critic takes part."""
@@ -228,3 +259,7 @@ class PpoSection(CompositeSection):
         if self.advantage_estimator in ("gae", "grpo"):
             return "token" if self.has_critic else "sequence"
         return "constant"
+
+
+def _is_elsewhere(cost: str | None) -> bool:
+    return cost not in (None, OWN_STAGE)

@@ -40,7 +40,7 @@ STAGES = tuple(stage for stage in ORDER if stage not in OPTIONAL)  # of a recipe
 FOLDERS: tuple[str, ...] = (*STAGES, *OPTIONAL)  # in which their folders are numbered
 # The keys of a section that name who answers: the base, here or in workers of `ray`, or a name in `engines`.
 ENGINE_KEYS = {"revise": ("responder", "critic", "reviser"), "label": ("judge",), "evaluate": ("judge",)}
-ENGINE_KEYS |= {"ppo": ("sampling_engine",)}
+ENGINE_KEYS |= {"ppo": ("sampling_engine", "judge")}
 
 # What a stage cannot do without.
 _SOURCES: dict[Stage, Stage] = {"sft": "revise", "reward": "label", "dpo": "label", "rejection": "reward"}
@@ -134,10 +134,13 @@ class Recipe(Section):
             )
         if "ppo" in self.stages:
             self._rewards()
-        if "reward" in self.stages and self.ppo.reward_model.ensemble == "uncertainty" and self.reward.members == 1:
+        kept_out = sum(part.member is not None for part in self.ppo.independent) if "ppo" in self.stages else 0
+        alone = self.reward.members - kept_out == 1
+        if "reward" in self.stages and self.ppo.reward_model.ensemble == "uncertainty" and alone:
+            without = ", without the one that is the independent score" if kept_out else ""
             raise ValueError(
-                "ppo.reward_model.ensemble is `uncertainty`, and the reward model has one member, which agrees with "
-                "itself; raise reward.num_heads or reward.num_adapters"
+                f"ppo.reward_model.ensemble is `uncertainty`, and the reward model has one member{without}, which "
+                "agrees with itself; raise reward.num_heads or reward.num_adapters"
             )
         for stage, source in _SOURCES.items():
             if stage in self.stages and source not in self.stages:
@@ -258,6 +261,9 @@ def load_recipe(path: Path, overrides: list[str] = []) -> Loaded:  # noqa: B006
     recipe = validate(document, Recipe, ConfigError)
     _refuse_unknown_engines(document, recipe)
     here = path.parent
+    cost_stage = find_cost_stage(recipe.ppo.costs, here)
+    if cost_stage:
+        recipe = recipe.model_copy(update={"ppo": recipe.ppo.with_costs_of(cost_stage)})
     return Loaded(
         recipe=recipe,
         path=path,
@@ -268,7 +274,7 @@ def load_recipe(path: Path, overrides: list[str] = []) -> Loaded:  # noqa: B006
         reference=find("recipes", recipe.label.reference, here) if recipe.label.reference else None,
         adapters={name: _adapter(name, here) for name in _adapters_named(recipe.label)},
         start=None if recipe.reward.start_from in ("sft", "base") else _adapter(recipe.reward.start_from, here),
-        cost_stage=find_cost_stage(recipe.ppo.costs, here),
+        cost_stage=cost_stage,
         ptx_file=_text_file(recipe.ppo.ptx_file, here) if recipe.ppo.ptx_file else None,
     )
 

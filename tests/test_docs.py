@@ -152,7 +152,8 @@ def test_the_table_of_ppo_defaults_has_the_defaults_of_the_code() -> None:
     defaults = dict(keys_of(PpoSection, PpoSection()))
     documented = {ticked(cells[0])[0]: cells[1] for cells in rows(PAGES["ppo.md"], "## Defaults")[1:]}
     assert documented == {key: written(defaults[key]) for key in documented}
-    own_affair = {"prompts_per_tag", "reward_function", "save_every_updates", "sample_every_updates", "combine"}
+    own_affair = {"prompts_per_tag", "reward_function", "judge", "combine"}
+    own_affair |= {"save_every_updates", "sample_every_updates"}
     own_affair |= {"gate_safety", "gate_helpfulness", "gate_tags", "ptx_file"}
     own_affair |= {"constraint", "constraint.cost", "constraint.function"}
     own_affair |= {key for key in defaults if key.startswith(("rewards", "independent", "health"))}

@@ -111,6 +111,14 @@ def test_whatever_was_changed_and_has_no_counterpart_is_listed():
     assert "`constant` is written" in found.left["ppo.lr_scheduler_type: linear"]
 
 
+def test_what_comes_before_and_after_the_exported_ppo_is_listed():
+    settings = {"name": "mine", "model": "m", "stages": ["revise", "sft", "label", "reward", "rejection", "ppo"]}
+    assert "stages: rejection before ppo" in settings_for("verl", Recipe.model_validate(settings), 90).left
+    both_rounds = settings | {"stages": [*settings["stages"][:4], "ppo", "rejection", "evaluate"], "rounds": 2}
+    left = settings_for("verl", Recipe.model_validate(both_rounds), 90).left
+    assert "stages: rejection before ppo" not in left and "rounds.count: 2" in left
+
+
 def test_texts_in_the_template_of_another_reward_model_are_refused():
     other = recipe(reward={"model": "theirs", "start_from": "base"})
     with pytest.raises(ConfigError, match=r"reward.model: OpenRLHF sends texts.*verl"):

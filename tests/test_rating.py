@@ -179,10 +179,9 @@ def test_a_response_without_a_rating_stops_since_ppo_needs_a_number(make: Maker)
     assert "lower label.min_option_mass" in str(caught.value)
 
 
-def test_a_recipe_names_the_judge_or_a_registered_function(make: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_recipe_names_the_judge_or_a_registered_function(make: Maker) -> None:
     engine = ScriptedEngine(choose=lambda question: only(10))
-    monkeypatch.setattr(judged_reward, "LocalEngine", lambda base, role, **settings: engine)
-    run = make(ppo={"reward_function": "judge"}, label={"principles": "all"})
+    run = make(engine, ppo={"reward_function": "judge"}, label={"principles": "all"})
     score = reward_function(run, ScriptedBase(), "ppo")  # type: ignore[arg-type]
     assert score(["P"], ["r"], id=["h1"], tag=["harmful"]) == [1.0]
     assert engine.ids() == ["h1/reward/safe", "h1/reward/lawful"]

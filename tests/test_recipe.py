@@ -187,6 +187,18 @@ def test_a_microbatch_may_be_larger_than_a_minibatch(tmp_path: Path) -> None:
         ),
         (["ppo.advantage_estimator=ppo"], "Input should be 'gae', 'rloo', 'grpo', 'dr_grpo' or 'reinforce'"),
         (["ppo.warmup_updates=9", "ppo.updates=8"], "warmup_updates is 9, and there are 8 updates in all"),
+        (["ppo.kl_coef=0", "ppo.kl_target=6"], "kl_target multiplies kl_coef, which is 0; give a kl_coef above 0"),
+        (["ppo.ptx_batch=4"], "ptx_batch is read where there is a text, and ptx_file names none"),
+        (
+            [
+                "stages=[revise,sft,label,reward,ppo]",
+                "reward.num_heads=2",
+                "ppo.reward_model.ensemble=uncertainty",
+                "ppo.independent=[{name: h, member: 2}]",
+            ],
+            "the reward model has one member, without the one that is the independent score, which agrees with itself",
+        ),
+        (["ppo.judge=base"], "judge is read where the judge's rating is a score, and none is; see reward_function"),
         (["ppo.ptx_coef=1"], "ptx_coef is above 0, but ptx_file names no text to learn from"),
         (["ppo.ptx_coef=1", "ppo.ptx_file=none.txt"], "ppo.ptx_file: no file `none.txt`; looked beside the recipe"),
         (["stages=[sft]"], "sft needs the stage `revise` before it"),
@@ -268,6 +280,13 @@ def test_a_model_that_is_only_a_name_keeps_it_when_a_key_is_set(tmp_path: Path) 
 )
 def test_a_wrong_override_is_named_as_it_was_given(override: str, expected: str, tmp_path: Path) -> None:
     assert complaint(tmp_path, GOOD, override).startswith(expected)
+
+
+def test_an_override_goes_into_a_section_that_the_file_writes_as_one_value(tmp_path: Path) -> None:
+    text = GOOD + "rounds: 2\n"
+    assert recipe(tmp_path, text, "rounds.count=3").rounds.count == 3
+    found = recipe(tmp_path, text, "rounds.gate=score").rounds
+    assert (found.count, found.gate) == (2, "score")
 
 
 def test_a_mistake_of_the_file_keeps_its_line_beside_an_override(tmp_path: Path) -> None:

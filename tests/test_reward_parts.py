@@ -102,8 +102,18 @@ def test_a_cost_adapter_of_another_run_is_found_beside_the_recipe(tmp_path: Path
     adapter = tmp_path / "other" / "4-reward" / "cost" / "adapter"
     adapter.mkdir(parents=True)
     (adapter / "adapter_config.json").write_text("{}")
-    recipe(tmp_path, ["ppo"], rewards=[{"name": "c", "cost": "other/4-reward"}])
-    assert load_recipe(tmp_path / "recipe.yaml").cost_stage == adapter.parent.parent
+    words = [{"name": "w", "function": "brief"}]
+    places = {
+        "rewards": {"rewards": [{"name": "c", "cost": "other/4-reward"}]},
+        "independent": {"rewards": words, "independent": [{"name": "c", "cost": "other/4-reward"}]},
+        "constraint": {"rewards": words, "constraint": {"cost": "other/4-reward"}},
+    }
+    stage = adapter.parent.parent
+    for key, ppo in places.items():
+        recipe(tmp_path, ["ppo"], **ppo)
+        found = load_recipe(tmp_path / "recipe.yaml")
+        assert found.cost_stage == stage
+        assert found.recipe.ppo.costs == {f"ppo.{key}": str(stage)}  # for any working folder
 
 
 def test_a_cost_of_this_run_needs_a_reward_stage_that_trains_one(tmp_path: Path) -> None:

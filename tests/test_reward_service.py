@@ -79,6 +79,12 @@ def test_control_tokens_in_an_answer_are_text_where_the_prompt_is_given(service,
     assert found == [pytest.approx(expected(scorer, turns), abs=1e-5)]
 
 
+def test_a_prompt_in_another_template_is_refused_and_not_scored(service):
+    foreign = {"query": ["Human: How?\n\nAssistant: Well."], "prompts": ["Human: How?\n\nAssistant:"]}
+    with pytest.raises(Refused, match="opens an answer in the chat template"):
+        service.answer("/get_reward", json.dumps(foreign).encode())
+
+
 def test_health_names_the_model(service):
     assert service.admit("GET", "/health", {"Host": "localhost"}) == 0
     assert service.answer("/health", b"") == {"status": "ok", "model": "mine"}

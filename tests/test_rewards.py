@@ -99,4 +99,9 @@ def test_brief_scores_each_response() -> None:
 def test_a_response_without_a_word_is_the_worst_for_brief_and_the_curtest_for_curt() -> None:
     texts = ["to be", "...", "one"]
     assert brief(["P"] * 3, texts) == [-0.2, -10.0, -0.1]
-    assert find_function("curt")(["P"] * 3, texts, tag=["t"] * 3) == curt(["P"] * 3, texts) == [-0.2, 0.0, -0.1]
+    assert find_function("curt")(["P"] * 3, texts, tag=["t"] * 3) == pytest.approx([4.84, 5.76, 5.29])
+
+
+def test_curt_costs_the_square_of_what_is_lacking_of_24_words() -> None:
+    texts = ["word " * count for count in (14, 23, 24, 25, 40)]
+    assert curt(["P"] * 5, texts) == pytest.approx([1.0, 0.01, 0.0, 0.0, 0.0])

@@ -95,8 +95,18 @@ def test_what_is_measured_beside_the_score_is_an_input_only_where_it_is_measured
         assert evaluate.inputs(run).keys() - plain.keys() == {"beside", "cost"}
     with tiny_runs.opened(tmp_path, tiny_model, ppo={"independent": [{"name": "r", "function": "brief"}]}) as run:
         assert evaluate.inputs(run).keys() - plain.keys() == {"beside", "independent"}
-    with tiny_runs.opened(tmp_path, tiny_model, ppo={"constraint": {"function": "brief"}}) as run:
-        assert evaluate.inputs(run).keys() - plain.keys() == {"beside", "cost_function"}
+    for cost in (False, True):  # a function gives the cost, so that an adapter of the stage `reward` is not asked
+        limit = {"ppo": {"constraint": {"function": "brief"}}, "reward": {"cost": cost}}
+        with tiny_runs.opened(tmp_path, tiny_model, **limit) as run:
+            assert evaluate.inputs(run).keys() - plain.keys() == {"beside", "cost_function"}
+
+
+def test_how_members_combine_is_an_input_where_no_ppo_has_it_as_one(tmp_path, tiny_model):
+    combined = {"ppo": {"reward_model": {"ensemble": "worst"}}, "reward": {"num_heads": 2}}
+    stages = ["revise", "sft", "label", "reward", "evaluate"]
+    for changes, listed, expected in (({}, stages, False), (combined, stages, True), (combined, None, False)):
+        with tiny_runs.opened(tmp_path, tiny_model, **changes, **({"stages": listed} if listed else {})) as run:
+            assert ("reward_model" in evaluate.inputs(run)) == expected
 
 
 def test_the_function_that_ppo_limits_gives_the_cost_and_not_an_adapter(tmp_path, tiny_model):

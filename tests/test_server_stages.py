@@ -20,6 +20,7 @@ from rlaif.journal import Manifest
 from rlaif.progress import Progress
 from rlaif.recipe import load_recipe
 from rlaif.stages import evaluate, label, revise
+from rlaif.stages.judged_reward import reward_function, reward_inputs
 from rlaif.stages.run import Run
 
 Maker = Callable[..., Run]
@@ -341,3 +342,27 @@ def test_no_key_is_in_a_run_folder_or_a_report(
     assert "[key removed]" in (folder / "1-revise" / "chains.jsonl").read_text()
     shown = capfd.readouterr()
     assert KEY not in caplog.text + shown.out + shown.err
+
+
+# --- ppo ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("named", [{"ppo": {"judge": "big"}}, {"label": {"judge": "big"}}])
+def test_a_server_rates_responses_where_the_reward_is_the_judges(named: dict[str, Any], make: Maker) -> None:
+    with HostileServer(lambda asked: choice({"4": 0.5, "10": 0.5}, "4")) as server:
+        sections = {"ppo": {"reward_function": "judge"} | named.get("ppo", {}), "label": named.get("label", {})}
+        run = make(engines=engines(server), **sections)
+        score = reward_function(run, None, "ppo")  # type: ignore[arg-type]
+        assert score(["P"], ["r"], id=[PROMPTS[0]["id"]], tag=[""]) == [pytest.approx((7 - 5.5) / 4.5)]
+        assert {one.body["model"] for one in server.asked} == {"large"}
+    here = reward_inputs(make(ppo={"reward_function": "judge"}))
+    assert reward_inputs(run).keys() - here.keys() == {"rater"}
+
+
+@pytest.mark.parametrize("stage", ["ppo", "evaluate"])
+def test_the_key_of_a_server_that_rates_is_looked_for_before_the_stage(stage: str, make: Maker) -> None:
+    keyed = {"big": {"model": "large", "urls": ["http://127.0.0.1:9"], "api_key_env": "NO_SUCH_KEY"}}
+    run = make(engines=keyed, ppo={"reward_function": "judge", "judge": "big"})
+    with pytest.raises(ConfigError, match="NO_SUCH_KEY"):
+        run.check_keys([stage])
+    make(engines=keyed, ppo={"reward_function": "brief"}).check_keys([stage])

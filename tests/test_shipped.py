@@ -198,7 +198,7 @@ def test_the_human_recipe_takes_its_labels_from_a_file_that_is_usable_throughout
         assert [row.id for row in imported.comparisons if plain(text_of(row.prompt)) in known] == []
 
 
-def test_the_known_cost_recipe_limits_what_it_pays_for_so_that_its_optimum_is_the_limit() -> None:
+def test_the_known_cost_recipe_scores_few_words_and_limits_how_few() -> None:
     found = recipe(shipped("recipes") / "known-cost.yaml").recipe
     assert found.ppo.constraint and (found.ppo.constraint.function, found.ppo.reward_function) == ("curt", "brief")
     assert found.stages == ["ppo", "evaluate"]

@@ -200,14 +200,14 @@ def _unusable(settings: ModelSection, problem: Exception) -> ModelError:
     )
 
 
-def load_tokenizer(name: str) -> ChatTokenizer:
-    """Load the tokenizer of a model and nothing else: an embedded name, a local folder or a Hub id.
+def load_tokenizer(name: str, revision: str | None = None) -> ChatTokenizer:
+    """Load the tokenizer of a model and nothing else: an embedded name, a local folder or a Hub id (and its commit).
 
     Raises:
         ModelError: no such model, no tokenizer, or no chat template.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(resolve(name), trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(resolve(name), revision=revision, trust_remote_code=False)
     except _BROKEN as problem:
         reason = " ".join(str(problem).split())[:300] or type(problem).__name__
         raise ModelError(

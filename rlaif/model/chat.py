@@ -144,8 +144,8 @@ class ChatTokenizer:
 
         Args:
             text: the rendered conversation.
-            prompt: what of it is the prompt, with the words that open the answer; where it is empty or not the
-                beginning of `text`, the answer is what stands after the last such words.
+            prompt: what of it is the prompt, with the words that open an answer; where it has none of them or is not
+                the beginning of `text`, the answer is what stands after the last such words.
 
         Returns:
             The ids of the prompt and those of the response, closed as `response` closes one; control tokens in the
@@ -156,7 +156,7 @@ class ChatTokenizer:
         """
         if not text.startswith(self._begins):
             text, prompt = self._begins + text, self._begins + prompt if prompt else ""
-        if not prompt or not text.startswith(prompt):
+        if not text.startswith(prompt) or not self._opens_an_answer(prompt):
             before, opening, _ = text.rpartition(self._header)
             if not opening:
                 raise DataError(
@@ -166,6 +166,11 @@ class ChatTokenizer:
             prompt = before + opening
         answer, end = text[len(prompt) :].rstrip(), self.raw.convert_ids_to_tokens(self.end_of_turn)
         return self._template_ids(prompt), self.response(answer.removesuffix(end))
+
+    def _opens_an_answer(self, prompt: str) -> bool:
+        """Tell whether a prompt was rendered with this template; what it asks for an answer with may be shorter."""
+        asked = self._render([{"role": "user", "content": "Q"}], True, True).rpartition(_CLOSE)[2]
+        return any(words.strip() and words in prompt for words in (self._header, asked))
 
     def decode(self, ids: Sequence[int]) -> str:
         """Decode a response to text without control tokens and outer white space."""

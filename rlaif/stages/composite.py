@@ -80,7 +80,8 @@ class Composite:
                 assert model, "the stage loads the reward model for the part that names a member"
                 self._models[part.name] = model.only(part.member)
             elif part.function:
-                self._functions[part.name] = find_function(part.function, f"ppo.rewards: {part.name}")
+                key = "independent" if isinstance(part, IndependentPart) else "rewards"
+                self._functions[part.name] = find_function(part.function, f"ppo.{key}: {part.name}")
             elif part.judge:
                 self._functions[part.name] = judge_function(run, base, stage)
 

@@ -32,7 +32,17 @@ from rlaif.stages.revise import question
 from rlaif.stages.reward_model import CALIBRATION
 from rlaif.stages.rewards import score_rows
 from rlaif.stages.run import Run, path_sha256, templates
-from rlaif.stages.scorers import BESIDE, MICROBATCH, SCORE, Scorer, beside_inputs, cost_input, functions_of, scorers_of
+from rlaif.stages.scorers import (
+    BESIDE,
+    MICROBATCH,
+    SCORE,
+    Scorer,
+    beside_inputs,
+    combination_input,
+    cost_input,
+    functions_of,
+    scorers_of,
+)
 from rlaif.stages.votes import asked, cast, judges_of, panel_of, settings_of
 
 NAME = "evaluate"
@@ -63,8 +73,8 @@ def adapters(run: Run) -> dict[str, Any]:
     kept = kept_policy(run)
     if not kept.is_first:
         result[KEPT] = kept.found(run)
-    for stage in OPTIMIZERS:
-        if stage in run.recipe.stages:
+    for stage in run.recipe.stages:  # in the order of training, so that the last one is the run's result
+        if stage in OPTIMIZERS:
             result[stage] = run.output(stage, "policy")
     return result
 
@@ -88,6 +98,7 @@ def inputs(run: Run) -> dict[str, str]:
         judge=[label.principles, *([asdict(settings_of(label, one)), one.adapter] for one in judges)],
         reward_function=[run.recipe.ppo.reward_function, reward_inputs(run)],
         **composite_inputs(run),
+        **combination_input(run),
         **beside_inputs(run),
         prompts=run.prompts_hash(run.select("eval", settings.prompts_per_tag)),
         templates=[one.hash for one in templates("compare", "gather", "rate", "weigh").values()],

@@ -1,15 +1,14 @@
 """The judge's rating as PPO's reward, without a reward model (d-RLAIF in Lee et al. 2023, arXiv 2309.00267).
 
-A recipe asks for it with `ppo.reward_function: judge`, or with a part of `ppo.rewards`. The base model rates each
-response from 1 to 10 under the principles that `label.principles` chooses; the rating is moved to -1 to 1. Ratings go
-through the journal, so a resumed run does not ask again. Every other name is a registered function.
+A recipe asks for it with `ppo.reward_function: judge`, or with a part of `ppo.rewards`. The judge, the base model or a
+server, rates each response from 1 to 10 under the principles that `label.principles` chooses; the rating is moved to
+-1 to 1. Ratings go through the journal, so a resumed run does not ask again. Every other name is a registered function.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rlaif.constitution import Principle
-from rlaif.engines.local import LocalEngine
 from rlaif.errors import StageError
 from rlaif.maths import agreement
 from rlaif.model.roles import BASE, SharedBase
@@ -33,9 +32,9 @@ def reward_function(run: Run, base: SharedBase, stage: str) -> RewardFunction:
 def judge_function(run: Run, base: SharedBase, stage: str) -> RewardFunction:
     """Return the judge as a scoring function; its answers are stored under `stage`."""
     label = run.recipe.label
-    engine = LocalEngine(base, BASE, batch_size=label.batch_size)
+    engine = run.engine(run.rater, lambda: base, batch_size=label.batch_size, chooses=True)
     settings = JudgeSettings(method="rating", min_option_mass=label.min_option_mass)
-    model = run.recipe.model.model_name_or_path
+    model = run.model_of(run.rater)
     who = Judge(engine, run.constitution, run.journal, Progress(quiet=True), stage, settings, model)
     principles: dict[str, Sequence[Principle]] = {}
     for prompt in run.prompts:
@@ -56,6 +55,7 @@ def judge_inputs(run: Run) -> dict[str, Any]:
     label = run.recipe.label
     return {
         "judge": [label.principles, label.min_option_mass],
+        **({} if run.rater == BASE else {"rater": run.asked(run.rater, chooses=True)}),
         "constitution": run.constitution.hash_of("principles"),
         "templates": [templates("rate")["rate"].hash, templates("gather")["gather"].hash],
     }

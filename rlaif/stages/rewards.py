@@ -18,6 +18,7 @@ GROUP = "rlaif.rewards"
 RewardFunction = Callable[..., Sequence[float | None]]
 _WORD = re.compile(r"[A-Za-z]+(?:['’][A-Za-z]+)*")
 _WITHOUT_WORDS = -10.0  # less than any plain text, so that saying nothing does not pay
+_AT_LENGTH = 24  # words; what fewer of them cost, `curt` says
 
 
 def find_function(name: str, key: str = "ppo.reward_function") -> RewardFunction:
@@ -121,12 +122,17 @@ def brief(prompts: Sequence[str], completions: Sequence[str], **columns: Any) ->
 
     The known reward of ``recipes/known-reward.yaml``: its true value is computable, so an improvement is a fact.
     """
-    return [score or _WITHOUT_WORDS for score in curt(prompts, completions)]
+    return [-words / 10 or _WITHOUT_WORDS for words in _words(completions)]
 
 
 def curt(prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list[float | None]:
-    """Say how curt a response is: minus a tenth of its number of words, so that one without words is the curtest.
+    """Say how curt a response is: the square of what it lacks of 24 words, in tens of words; 0 from 24 words on.
 
-    The known cost of ``recipes/known-cost.yaml``: a limit to its mean is a least mean number of words.
+    The known cost of ``recipes/known-cost.yaml``. It is convex, so where its mean is at most ``d``, responses have at
+    least ``24 - 10 sqrt(d)`` words on average, and just as many only if all are of one length.
     """
-    return [-len(_WORD.findall(text)) / 10 for text in completions]
+    return [(max(0, _AT_LENGTH - words) / 10) ** 2 for words in _words(completions)]
+
+
+def _words(texts: Sequence[str]) -> list[int]:
+    return [len(_WORD.findall(text)) for text in texts]

@@ -223,6 +223,11 @@ class Run:
             return RayEngine(model, self._cluster, kind=kind, batch_size=batch_size, fetch=self.fetches)
         return ServerEngine(name, self._endpoint(name), chooses=chooses, say=self.progress.say)
 
+    @property
+    def rater(self) -> str:
+        """The name of the engine whose rating is PPO's reward, where the judge gives it."""
+        return self.recipe.ppo.judge or self.recipe.label.judge
+
     def model_of(self, name: str) -> str:
         """Return the name of the model that an engine asks."""
         return self.recipe.model.model_name_or_path if name in (BASE, RAY) else self._endpoint(name).model
@@ -250,7 +255,8 @@ class Run:
         """Return the engines that a stage may ask; `evaluate` asks the judges of `label` where it names none."""
         evaluate = self.recipe.evaluate
         borrows = stage == "evaluate" and evaluate.judge is None and evaluate.judge_prompts_per_tag > 0
-        return set(self.recipe.engines_of("label" if borrows else stage).values())
+        rated = {self.rater} if stage in ("ppo", "evaluate") and self.recipe.ppo.is_judged else set()
+        return rated | set(self.recipe.engines_of("label" if borrows else stage).values())
 
     @cached_property
     def _cluster(self) -> Cluster:

@@ -9,6 +9,7 @@ from rlaif.maths.composition import Standard, standardize
 from rlaif.model.roles import SharedBase
 from rlaif.model.sampling import Batch
 from rlaif.records import Prompt
+from rlaif.sections import Combination
 from rlaif.stages.composite import Composite, cost_stage, load_cost, ppo_scale
 from rlaif.stages.independent import independent_inputs, independent_of, independent_scores, optimized
 from rlaif.stages.judged_reward import reward_function
@@ -69,8 +70,9 @@ def functions_of(run: Run, base: SharedBase) -> dict[str, tuple[str, RewardFunct
 
 
 def _has_cost_adapter(run: Run) -> bool:
-    """Tell whether PPO takes a cost adapter, or the stage `reward` trains one."""
-    return bool(run.recipe.ppo.costs) or ("reward" in run.recipe.stages and run.recipe.reward.cost)
+    """Tell whether PPO takes a cost adapter, or one that the stage `reward` trains gives responses their cost."""
+    trained = "reward" in run.recipe.stages and run.recipe.reward.cost
+    return bool(run.recipe.ppo.costs) or (trained and not _cost_function(run))
 
 
 def _cost_function(run: Run) -> str | None:
@@ -82,6 +84,13 @@ def _cost_function(run: Run) -> str | None:
 def cost_input(run: Run) -> dict[str, Any]:
     """Return the cost adapter as a file that `evaluate` reads; nothing where it reads none."""
     return {"cost": cost_stage(run) / COST / "adapter"} if _has_cost_adapter(run) else {}
+
+
+def combination_input(run: Run) -> dict[str, Any]:
+    """Return how members become a score, for the stage's inputs; with PPO its policy depends on that already."""
+    combination = run.recipe.ppo.reward_model
+    alone = "reward" in run.recipe.stages and "ppo" not in run.recipe.stages
+    return {"reward_model": combination.model_dump()} if alone and combination != Combination() else {}
 
 
 def beside_inputs(run: Run) -> dict[str, Any]:
