@@ -205,7 +205,7 @@ def test_keys_at_their_defaults_leave_the_fingerprint_of_a_section_as_it_was(ope
     run = opened(stages=["ppo"], reward_function="ones")
     later = {"critic", "final_entropy_coef", "final_temperature", "importance_cap", "reference_share"}
     later |= {"ptx_heldout", "warmup_updates"}
-    later |= {"sampling_engine"}  # what it is asked counts
+    later |= {"sampling_engine", "judge"}  # what they are asked with counts
     old = run.recipe.ppo.model_dump(exclude=later | run_module._NOT_DETERMINING)
     old |= {"microbatch": PpoSection().microbatch}  # rows at a time count as their default
     assert run.inputs(run.recipe.ppo)["recipe.ppo"] == fingerprint(old)

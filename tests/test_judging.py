@@ -139,6 +139,7 @@ def test_a_server_of_a_recipe_judges_by_its_log_probabilities(tmp_path, monkeypa
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 def test_without_log_probabilities_the_written_letter_is_read_and_that_is_told(tmp_path, monkeypatch):
     monkeypatch.setenv("JUDGE_KEY", "k")
     said = Said()

@@ -145,6 +145,7 @@ def test_training_starts_at_the_scores_of_the_reward_model_itself_and_saves_an_a
     assert abs(theirs[0] - theirs[1]) > 1e-3
 
 
+@pytest.mark.slow
 def test_training_moves_the_adapter_and_the_head_and_no_weight_of_the_reward_model(opened, foreign):
     before = {path.name: path.read_bytes() for path in foreign.iterdir()}
     run = opened(reward={"max_steps": 3, "start_from": "base", "model": str(foreign), "learning_rate": 1e-2})

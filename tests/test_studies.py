@@ -161,6 +161,7 @@ SMALL = heads.HeadSettings(
 )
 
 
+@pytest.mark.slow
 def test_a_head_with_units_learns_what_a_prompt_turns_round_and_a_linear_one_cannot():
     x, labels, turned = made_up()
     gaps = heads.fit(x, labels, PairLoss(), 0, SMALL)(x)
@@ -178,6 +179,7 @@ def test_heads_repeat_to_the_bit_and_members_differ():
     assert not torch.equal(first[0], first[1])
 
 
+@pytest.mark.slow
 def test_a_smoothed_loss_keeps_margins_smaller_and_a_corrected_one_makes_them_larger():
     x, labels, _ = made_up(80)
     losses = [PairLoss(label_smoothing=0.2), PairLoss(), PairLoss(loss="noise_corrected", flip_rate=0.2)]
