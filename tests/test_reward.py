@@ -16,6 +16,7 @@ from rlaif import files
 from rlaif.errors import ConfigError, DataError, StageError
 from rlaif.model import sampling
 from rlaif.report.reading import RewardEvaluation
+from rlaif.sections import RewardSection
 from rlaif.stages import reward, reward_training
 from rlaif.stages.reward_data import examples, split_rows
 from rlaif.stages.run import Run
@@ -452,7 +453,15 @@ def test_the_cost_adapter_learns_the_sign_and_the_order_of_harm_and_keeps_its_ze
 def test_costs_without_both_signs_are_refused_with_what_was_found(opened):
     safe = [row.model_copy(update={"rejected_safe": True}) for row in SAFETY]
     with pytest.raises(DataError, match=r"answers of both signs.*16 safe and 0 unsafe.*label\.safety"):
-        reward.reward(opened(rows=safe, cost=True, max_steps=1))
+        reward.reward(run := opened(rows=safe, cost=True, max_steps=1))
+    assert not (run.stage_folder("reward") / "adapter").exists()  # before anything is trained
+
+
+def test_with_early_stopping_a_checkpoint_is_written_where_all_that_was_summed_is_logged():
+    settings = RewardSection(eval_steps=3, logging_steps=2, early_stopping_patience=2, save_steps=4)
+    options = reward_training._watching(settings)
+    assert (options["eval_steps"], options["save_steps"]) == (4, 4)
+    assert reward_training._watching(RewardSection(eval_steps=3, logging_steps=2))["eval_steps"] == 3
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from hostile_server import Asked, HostileServer, Reply, choice, error, text, wor
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scripted import PROMPTS, REFUSAL, WILLING, ScriptedEngine, make_run, rows_of, usual
+from transformers.integrations import integration_utils
 
 from rlaif import pipeline
 from rlaif.engines.server import ServerEngine
@@ -357,6 +358,26 @@ def test_a_server_rates_responses_where_the_reward_is_the_judges(named: dict[str
         assert {one.body["model"] for one in server.asked} == {"large"}
     here = reward_inputs(make(ppo={"reward_function": "judge"}))
     assert reward_inputs(run).keys() - here.keys() == {"rater"}
+
+
+@pytest.mark.parametrize(
+    ("trackers", "complaint"),
+    [
+        ("nonsense", r"sft\.report_to: no tracker `nonsense`; known: .*tensorboard"),
+        (["none", "tensorboard"], r"sft\.report_to: `tensorboard` cannot be used: .*install the extra `tracking`"),
+    ],
+)
+def test_a_tracker_that_is_not_there_is_refused_before_any_stage(
+    trackers: str | list[str], complaint: str, make: Maker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing() -> None:
+        raise RuntimeError("TensorBoardCallback requires tensorboard to be installed.")
+
+    monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "tensorboard", missing)
+    run = make(sft={"report_to": trackers})
+    with pytest.raises(ConfigError, match=complaint):
+        run.check_keys(["sft"])
+    run.check_keys(["reward"])
 
 
 @pytest.mark.parametrize("stage", ["ppo", "evaluate"])

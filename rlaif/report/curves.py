@@ -141,7 +141,8 @@ def reward_figures(rows: Metrics) -> list[Figure]:
         _training(
             "Loss",
             _smoothed(rows, "reward/loss"),
-            "Bradley\u2013Terry loss on training pairs; at 0.693 (log 2) the model cannot tell them apart.",
+            "Loss on training rows: of pairs that of Bradley and Terry, 0.693 (log 2) where a model cannot tell them "
+            "apart; of ratings a squared error.",
         ),
         _training(
             "Accuracy on training pairs",

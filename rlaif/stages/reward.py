@@ -127,6 +127,7 @@ def reward(run: Run) -> dict[str, Any]:
     dev_fraction = settings.heldout_fraction if settings.early_stopping_patience else 0.0
     split = split_rows(found.rows, settings.heldout_fraction, dev_fraction=dev_fraction, known=known)
     refuse_too_few(folder, len(rows) + len(again), found, split)
+    of_safety = safety_rows(run, split) if settings.cost else None
     roles = roles_of(REWARD, settings.num_adapters)
     steps = [train_role(run, base, role, split) for role in roles][0]
     measured = measure(run, base, roles, split)
@@ -148,8 +149,8 @@ def reward(run: Run) -> dict[str, Any]:
     if run.round > 1:
         own = {row.id for row in rows}
         counts |= on_new_pairs(run, base, roles, [row for row in split.heldout if row.id in own])
-    if settings.cost:
-        counts |= train_cost(run, base, split)
+    if of_safety:
+        counts |= train_cost(run, base, of_safety)
     return counts
 
 
@@ -283,13 +284,13 @@ def measure(run: Run, base: SharedBase, roles: list[str], split: Split) -> dict[
     return result
 
 
-def train_cost(run: Run, base: SharedBase, split: Split) -> dict[str, Any]:
-    """Train the cost adapter on the comparisons that speak of safety; return counts.
+def safety_rows(run: Run, split: Split) -> Split:
+    """Return the comparisons that speak of safety.
 
     Raises:
         DataError: there are none, or every answer has the same sign, from which no boundary can be learned.
     """
-    settings, folder = run.recipe.reward, part_folder(run.stage_folder(NAME), COST)
+    folder = part_folder(run.stage_folder(NAME), COST)
     own = Split(*([row for row in part if isinstance(row, Comparison) and has_safety(row)] for part in split))
     told = [row for row in own.train if isinstance(row, Comparison)]
     signs = [safe for row in told for safe in (row.chosen_safe, row.rejected_safe) if safe is not None]
@@ -300,6 +301,12 @@ def train_cost(run: Run, base: SharedBase, split: Split) -> dict[str, Any]:
             f"{signs.count(False)} unsafe answers, and {len(own.heldout)} held out. Set label.safety, or bring rows "
             "with these columns."
         )
+    return own
+
+
+def train_cost(run: Run, base: SharedBase, own: Split) -> dict[str, Any]:
+    """Train the cost adapter on the comparisons that speak of safety; return counts."""
+    settings, folder = run.recipe.reward, part_folder(run.stage_folder(NAME), COST)
     steps = train_role(run, base, COST, own)
     model = RewardModel(base, [COST], [Scale(0.0, 1.0)], _MEAN)
     heldout = worth.score_rows(model, own.heldout, settings.microbatch, run.progress, "costs of held-out rows")

@@ -252,11 +252,14 @@ def _watching(settings: RewardSection) -> dict[str, Any]:
         return {}
     options: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": settings.eval_steps}
     if settings.early_stopping_patience:
+        # A checkpoint is written with each measurement, and keeps no sums that wait to be logged.
+        measured = -(-settings.eval_steps // settings.logging_steps) * settings.logging_steps
         options |= {
+            "eval_steps": measured,
             "load_best_model_at_end": True,
             "metric_for_best_model": "eval_loss",
             "greater_is_better": False,
-            "save_steps": settings.eval_steps,
+            "save_steps": measured,
             "restore_callback_states_from_checkpoint": True,  # how long it has been patient
         }
     return options

@@ -29,6 +29,7 @@ from rlaif.prompting import Template, load_template
 from rlaif.recipe import ENGINE_KEYS, FOLDERS, Loaded, PromptFile, Recipe
 from rlaif.records import Prompt, Split, with_system
 from rlaif.rounds import ONCE, folder_name, round_folder
+from rlaif.sections import TrainingSection
 
 # Keys that decide whether or how a stage goes on, never what it writes: changing one repeats no work.
 _NOT_DETERMINING = {
@@ -241,10 +242,15 @@ class Run:
         """Look whether all keys and packages that these stages need are there, before hours of work and not after.
 
         Raises:
-            ConfigError: a key is not in the environment, or Ray is not installed.
+            ConfigError: a key is not in the environment, or Ray or a tracker is not installed.
             DeviceError: workers of `ray` cannot compute as the recipe says.
         """
         for stage in stages:
+            section = getattr(self.recipe, stage)
+            if isinstance(section, TrainingSection) and section.report_to != "none":
+                from rlaif.stages.training import refuse_trackers
+
+                refuse_trackers(stage, section.report_to)
             for name in self._engines_of(stage):
                 if name == RAY:
                     require(self.recipe.model, self.recipe.ray)

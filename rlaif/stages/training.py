@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations import integration_utils
 from transformers.trainer_utils import set_seed
 
 from rlaif import files
-from rlaif.errors import StageError
+from rlaif.errors import ConfigError, StageError
 from rlaif.model.roles import SharedBase
 from rlaif.progress import Task
 from rlaif.recipe import TrainingSection
@@ -77,6 +78,27 @@ def arguments(run: Run, settings: TrainingSection, folder: Path) -> dict[str, An
         "disable_tqdm": True,
         **processes.options(),
     }
+
+
+def refuse_trackers(stage: str, report_to: list[str] | str) -> None:
+    """Refuse names in `report_to` that `transformers` does not know, or whose package is not installed.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    for name in [report_to] if isinstance(report_to, str) else report_to:
+        if name in ("none", "all"):
+            continue
+        known = integration_utils.INTEGRATION_TO_CALLBACK
+        if name not in known:
+            raise ConfigError(f"{stage}.report_to: no tracker `{name}`; known: {', '.join(sorted(known))}, all, none.")
+        try:
+            known[name]()
+        except (ImportError, RuntimeError) as problem:
+            hint = "install the extra `tracking`" if name == "tensorboard" else "install its package"
+            raise ConfigError(
+                f"{stage}.report_to: `{name}` cannot be used: {problem} Here: {hint}, or set it to none."
+            ) from None
 
 
 def resume_point(run: Run, folder: Path, *, measured_at_end: bool = True) -> str | None:
