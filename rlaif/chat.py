@@ -41,7 +41,7 @@ class Conversation:
             if not found[0][0].is_dir():
                 raise StageError(f"{folder}: no policy was better than the base itself, as {ended[-1]} says.")
         if not found:
-            looked = ", ".join(path for path, _ in newest_first)
+            looked = ", ".join(path for path, _ in _POLICIES.values())
             raise StageError(f"{folder}: has no policy yet (none of {looked}). Run its recipe first.")
         adapter, self.title = found[0]
         self._base = SharedBase.load(recipe.model)

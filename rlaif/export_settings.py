@@ -71,7 +71,7 @@ def settings_for(engine: str, recipe: Recipe, prompt_tokens: int) -> Exported:
     told = {f"ppo.{key}: {_plain(getattr(section, key))}": reason for key, reason in left.items()}
     if recipe.model.load_in_4bit or recipe.model.load_in_8bit:
         told["model.load_in_4bit, load_in_8bit"] = "the base is whole; the adapter was trained on a rounded one"
-    if "rejection" in recipe.stages and "ppo" in recipe.stages[recipe.stages.index("rejection") :]:
+    if recipe.rejection_first:
         told["stages: rejection before ppo"] = "the policy starts from SFT, and not from what `rejection` made of it"
     if recipe.rounds.count > 1:
         told[f"rounds.count: {recipe.rounds.count}"] = "one round; the reward that answers is the last round's"

@@ -4,7 +4,6 @@ A recipe has general keys, then one section per stage, named as the stage. Model
 `transformers`, `peft` and `trl` users know. Unknown keys are errors that name the nearest key.
 """
 
-import difflib
 import re
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -31,7 +30,7 @@ from rlaif.sections import RaySection as RaySection
 from rlaif.sections import RewardSection as RewardSection
 from rlaif.sections import SamplingSection as SamplingSection
 from rlaif.sections import TrainingSection as TrainingSection
-from rlaif.validation import validate
+from rlaif.validation import guess, validate
 
 Stage = Literal["revise", "sft", "label", "reward", "ppo", "dpo", "rejection", "evaluate"]
 ORDER: tuple[Stage, ...] = get_args(Stage)  # in which stages run
@@ -212,6 +211,11 @@ class Recipe(Section):
         judges = enumerate(self.label.judges) if stage == "label" else ()
         return named | {f"judges.{index}.engine": one.engine for index, one in judges if one.engine}
 
+    @property
+    def rejection_first(self) -> bool:
+        """Whether `rejection` stands before `ppo`, which then starts from its policy."""
+        return "ppo" in self.stages and "rejection" in self.stages[: self.stages.index("ppo")]
+
     def reward_base(self) -> ModelSection:
         """Return the base that the reward adapters stand on: the recipe's model, or `reward.model` loaded likewise."""
         named = {"model_name_or_path": self.reward.model, "model_revision": self.reward.model_revision}
@@ -310,8 +314,7 @@ def _refuse_unknown_engines(document: Document, recipe: Recipe) -> None:
     for section in ENGINE_KEYS:
         for key, name in recipe.engines_of(section).items():
             if name not in known:
-                near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-                hint = f"did you mean `{near[0]}`?" if near else f"known: {', '.join(known)}."
+                hint = guess(name, known) or f"known: {', '.join(known)}."
                 message = f"{section}.{key}: no engine `{name}`; {hint}"
                 problems.append(document.problem((section, key), "unknown-engine", message))
     if problems:

@@ -272,12 +272,17 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def read_rows(path: Path, kind: type[R]) -> list[R]:
-    """Read a whole file as rows of one kind, reporting every bad line at once.
+    """Read a whole file as rows of one kind; errors are those of `read_numbered`."""
+    return [row for _, _, row in read_numbered(path, kind)]
+
+
+def read_numbered(path: Path, kind: type[R]) -> list[tuple[int, dict[str, Any], R]]:
+    """Read a whole file as rows of one kind, each after its line's number and object; report every bad line at once.
 
     Raises:
         DataError: a line that is not a row of this kind, an id used twice, or a file without rows.
     """
-    rows: list[R] = []
+    rows: list[tuple[int, dict[str, Any], R]] = []
     problems: list[str] = []
     first_line: dict[str, int] = {}
     for number, line in _lines(path):
@@ -296,7 +301,7 @@ def read_rows(path: Path, kind: type[R]) -> list[R]:
             first = first_line[identifier]
             problems.append(f"{path}:{number}: the id `{identifier}` stands already in line {first}")
         first_line.setdefault(identifier, number)
-        rows.append(row)
+        rows.append((number, data, row))
     if problems:
         shown = problems[:20] + ([f"... and {len(problems) - 20} more"] if len(problems) > 20 else [])
         raise DataError("\n".join(shown))

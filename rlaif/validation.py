@@ -46,8 +46,7 @@ def explain(model: type[BaseModel], keys: Sequence[Key], item: Any) -> str:
     dotted = ".".join(map(str, keys)) or "(file)"
     if item["type"] == "extra_forbidden":
         known = _field_names(model, keys[:-1])
-        near = difflib.get_close_matches(str(keys[-1]), known, n=1, cutoff=0.5)
-        hint = f"did you mean `{near[0]}`?" if near else f"known keys: {', '.join(known)}."
+        hint = guess(str(keys[-1]), known) or f"known keys: {', '.join(known)}."
         return f"{dotted}: unknown key; {hint if known else 'remove it.'}"
     if item["type"] == "missing":
         return f"{dotted}: this key is missing. Add it."
@@ -62,10 +61,15 @@ def explain(model: type[BaseModel], keys: Sequence[Key], item: Any) -> str:
 
 def unknown_name(key: str, name: str, lacking: str, known: Collection[str]) -> str:
     """Return the problem of a name that a recipe gives and data lack, with the nearest one and all there are."""
+    near, there = guess(name, known), ", ".join(f"`{one}`" for one in sorted(known)) or "none"
+    found = f"{lacking} `{name}`" + (f"; {near}" if near else ".")
+    return f"{key}: {found} There are: {there}. Correct the name, or leave it out."
+
+
+def guess(name: str, known: Collection[str]) -> str:
+    """Return the question whether the nearest of known names was meant; empty where none is near."""
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    guess = f"; did you mean `{near[0]}`?" if near else "."
-    there = ", ".join(f"`{one}`" for one in sorted(known)) or "none"
-    return f"{key}: {lacking} `{name}`{guess} There are: {there}. Correct the name, or leave it out."
+    return f"did you mean `{near[0]}`?" if near else ""
 
 
 def real_keys(data: Any, item: Any) -> tuple[Key, ...]:

@@ -12,6 +12,7 @@ import tiny_rewards
 import tiny_runs
 from typer.testing import CliRunner
 
+import rlaif.export
 from rlaif import verl_reward
 from rlaif.cli import app
 from rlaif.errors import ConfigError, StageError
@@ -183,6 +184,20 @@ def spoken(script, tmp_path):
     environment = {"PATH": f"{tmp_path / 'bin'}:/usr/bin:/bin", "GPUS": "4"}
     subprocess.run([script, "trainer.nnodes=2"], check=True, env=environment)
     return words.read_text().split("\0")[:-1]
+
+
+def test_the_script_takes_the_commit_that_the_adapters_stand_on(tmp_path, monkeypatch):
+    monkeypatch.setattr("rlaif.export.resolve", lambda name: name)  # a model of the Hub
+    pinned = {"model_name_or_path": "org/a model", "model_revision": "abc123"}
+    (tmp_path / "huggingface_hub.py").write_text(
+        "def snapshot_download(name, revision): return f'{name} at {revision}'"
+    )
+    stages = ["label", "reward", "ppo"]
+    with tiny_runs.opened(tmp_path / "runs", "none", stages=stages, model=pinned, label={"method": "judge"}) as run:
+        rlaif.export._write_script(run, tmp_path, "verl", ['printf "%s" "$model"; true'])
+    environment = {"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin", "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(["bash", tmp_path / "run.sh"], check=True, env=environment, capture_output=True, text=True)
+    assert done.stdout == "org/a model at abc123"
 
 
 @pytest.mark.slow

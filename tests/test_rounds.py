@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from unittest.mock import MagicMock
 
 import pytest
 import tiny_runs
@@ -111,6 +112,24 @@ def test_rejection_may_stand_just_before_ppo(tmp_path, tiny_model):
     assert loaded(tmp_path, tiny_model, stages=LLAMA).recipe.stages == LLAMA
     with pytest.raises(ConfigError, match="`rejection` may stand just before `ppo`"):
         loaded(tmp_path, tiny_model, stages=["revise", "sft", "rejection", "label", "reward", "ppo"])
+
+
+def test_the_policy_that_was_trained_last_comes_last_in_evaluate_and_is_what_chat_talks_to(tmp_path, monkeypatch):
+    monkeypatch.setattr("rlaif.chat.SharedBase", MagicMock())
+    for stages, title in (
+        (LLAMA, "after PPO"),
+        ([*LLAMA[:4], "ppo", "rejection", "evaluate"], "after rejection sampling"),
+    ):
+        folder = tmp_path / title
+        with tiny_runs.opened(folder, "none", stages=stages) as run:
+            for place in ("2-sft/adapter", "5-ppo/policy", "8-rejection/policy"):
+                (run.folder / place).mkdir(parents=True)
+            assert list(evaluate.adapters(run)) == [
+                "base",
+                *(one for one in stages if one in ("sft", "ppo", "rejection")),
+            ]
+            tiny_runs.write_recipe(run.folder / "recipe.yaml", "none", stages=stages)
+            assert Conversation(run.folder, max_new_tokens=2, temperature=0.0).title == title
 
 
 def test_the_first_of_several_rounds_depends_on_what_a_single_one_does(tmp_path, tiny_model):

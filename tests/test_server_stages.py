@@ -383,7 +383,9 @@ def test_a_tracker_that_is_not_there_is_refused_before_any_stage(
 @pytest.mark.parametrize("stage", ["ppo", "evaluate"])
 def test_the_key_of_a_server_that_rates_is_looked_for_before_the_stage(stage: str, make: Maker) -> None:
     keyed = {"big": {"model": "large", "urls": ["http://127.0.0.1:9"], "api_key_env": "NO_SUCH_KEY"}}
-    run = make(engines=keyed, ppo={"reward_function": "judge", "judge": "big"})
+    stages = ["revise", "ppo", "evaluate"]
+    run = make(engines=keyed, stages=stages, ppo={"reward_function": "judge", "judge": "big"})
     with pytest.raises(ConfigError, match="NO_SUCH_KEY"):
         run.check_keys([stage])
-    make(engines=keyed, ppo={"reward_function": "brief"}).check_keys([stage])
+    make(engines=keyed, stages=stages, ppo={"reward_function": "brief"}).check_keys([stage])
+    make(engines=keyed, ppo={"reward_function": "judge", "judge": "big"}).check_keys(["evaluate"])  # no ppo, no score

@@ -8,7 +8,7 @@ from rlaif.errors import DataError
 from rlaif.human.contradictions import FLAG, WHY
 from rlaif.human.importers import Imported, Labelled, import_file, sorted_out
 from rlaif.human.json_objects import Fields
-from rlaif.records import Comparison, Ranking, Rating, read_jsonl, read_rows
+from rlaif.records import Comparison, Ranking, Rating, read_jsonl, read_numbered
 from rlaif.transcripts import Unusable, refuse_odd_turns
 
 OWN = "rlaif"
@@ -42,7 +42,7 @@ def read_labels(
         return import_file(path, tag=tag, annotator=annotator, seed=seed, eval_fraction=eval_fraction)
     rows: list[Labelled] = []
     unused: list[Fields] = []
-    for (line, fields), row in zip(read_jsonl(path), read_rows(path, kind), strict=True):
+    for line, fields, row in read_numbered(path, kind):
         try:
             _refuse_odd_turns(row)
         except Unusable as reason:

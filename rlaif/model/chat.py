@@ -8,6 +8,7 @@ control tokens in a sequence are those that the template itself wrote.
 import copy
 import re
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 from jinja2 import TemplateError
@@ -156,7 +157,7 @@ class ChatTokenizer:
         """
         if not text.startswith(self._begins):
             text, prompt = self._begins + text, self._begins + prompt if prompt else ""
-        if not text.startswith(prompt) or not self._opens_an_answer(prompt):
+        if not text.startswith(prompt) or not any(words in prompt for words in self._openings):
             before, opening, _ = text.rpartition(self._header)
             if not opening:
                 raise DataError(
@@ -167,10 +168,11 @@ class ChatTokenizer:
         answer, end = text[len(prompt) :].rstrip(), self.raw.convert_ids_to_tokens(self.end_of_turn)
         return self._template_ids(prompt), self.response(answer.removesuffix(end))
 
-    def _opens_an_answer(self, prompt: str) -> bool:
-        """Tell whether a prompt was rendered with this template; what it asks for an answer with may be shorter."""
+    @cached_property
+    def _openings(self) -> list[str]:
+        """What opens an answer: between a question and its answer, and where one is asked for, which may be shorter."""
         asked = self._render([{"role": "user", "content": "Q"}], True, True).rpartition(_CLOSE)[2]
-        return any(words.strip() and words in prompt for words in (self._header, asked))
+        return [words for words in (self._header, asked) if words.strip()]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Decode a response to text without control tokens and outer white space."""

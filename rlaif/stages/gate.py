@@ -88,8 +88,7 @@ def starting_policy(run: Run, stage: str) -> Policy:
 
     PPO on top of rejection sampling is Llama 2's order (arXiv 2307.09288, section 3.2.3).
     """
-    stages: list[str] = list(run.recipe.stages)
-    if stage == "ppo" and "rejection" in stages[: stages.index("ppo")]:
+    if stage == "ppo" and run.recipe.rejection_first:
         return Policy("rejection", run.round, run.stage_folder("rejection") / "policy")
     return kept_policy(run)
 

@@ -30,6 +30,7 @@ from rlaif.stages.training import (
     Recorder,
     arguments,
     load_state,
+    logged_step,
     resume_point,
     save_state,
     step_of,
@@ -252,8 +253,7 @@ def _watching(settings: RewardSection) -> dict[str, Any]:
         return {}
     options: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": settings.eval_steps}
     if settings.early_stopping_patience:
-        # A checkpoint is written with each measurement, and keeps no sums that wait to be logged.
-        measured = -(-settings.eval_steps // settings.logging_steps) * settings.logging_steps
+        measured = logged_step(settings, settings.eval_steps)  # with a checkpoint each time
         options |= {
             "eval_steps": measured,
             "load_best_model_at_end": True,

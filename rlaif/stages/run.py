@@ -261,7 +261,8 @@ class Run:
         """Return the engines that a stage may ask; `evaluate` asks the judges of `label` where it names none."""
         evaluate = self.recipe.evaluate
         borrows = stage == "evaluate" and evaluate.judge is None and evaluate.judge_prompts_per_tag > 0
-        rated = {self.rater} if stage in ("ppo", "evaluate") and self.recipe.ppo.is_judged else set()
+        scores = stage == "ppo" or (stage == "evaluate" and "ppo" in self.recipe.stages)
+        rated = {self.rater} if scores and self.recipe.ppo.is_judged else set()
         return rated | set(self.recipe.engines_of("label" if borrows else stage).values())
 
     @cached_property

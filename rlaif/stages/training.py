@@ -44,12 +44,9 @@ _ROLE = "role.safetensors"
 def arguments(run: Run, settings: TrainingSection, folder: Path) -> dict[str, Any]:
     """Return the keyword arguments of `TrainingArguments` for one stage of a run.
 
-    A checkpoint keeps no sums that wait to be logged, so checkpoints are written at steps that are logged: `save_steps`
-    is rounded up to a multiple of `logging_steps`. Of several processes each draws the batches of all and computes its
-    share (`SharingTrainer`).
+    Of several processes each draws the batches of all and computes its share (`SharingTrainer`).
     """
     set_seed(run.recipe.seed)
-    save_steps = -(-settings.save_steps // settings.logging_steps) * settings.logging_steps
     return {
         "output_dir": str(folder / CHECKPOINTS),
         "seed": run.recipe.seed,
@@ -67,7 +64,7 @@ def arguments(run: Run, settings: TrainingSection, folder: Path) -> dict[str, An
         "logging_strategy": "steps",
         "logging_nan_inf_filter": False,  # it logs 0 in place of NaN, and the training goes on
         "save_strategy": "steps",
-        "save_steps": save_steps,
+        "save_steps": logged_step(settings, settings.save_steps),
         "save_total_limit": 2,
         "report_to": settings.report_to,
         "bf16": False,
@@ -78,6 +75,11 @@ def arguments(run: Run, settings: TrainingSection, folder: Path) -> dict[str, An
         "disable_tqdm": True,
         **processes.options(),
     }
+
+
+def logged_step(settings: TrainingSection, step: int) -> int:
+    """Round up to a step that is logged: a checkpoint, which must be at one, keeps no sums that wait to be logged."""
+    return -(-step // settings.logging_steps) * settings.logging_steps
 
 
 def refuse_trackers(stage: str, report_to: list[str] | str) -> None:
