@@ -73,11 +73,33 @@ def test_an_adapter_of_plain_peft_with_a_head_is_where_training_starts(opened, t
     before = reward.inputs(run)
     reward.reward(run)
     found = trained(run)
-    assert found.pop(HEAD).tolist() == start.pop(HEAD).tolist() * heads
+    first, *others = found.pop(HEAD)
+    assert [first.tolist()] == start.pop(HEAD).tolist()
+    assert len(others) == heads - 1
+    assert all((one - first).norm() / first.norm() == pytest.approx(0.3, abs=1e-5) for one in others)
     assert found.keys() == start.keys()
     assert all(torch.equal(found[name], start[name]) for name in start)
     (tmp_path / "plain" / "adapter_config.json").write_text("{}")
     assert reward.inputs(run)["start"] != before["start"]
+
+
+@pytest.mark.parametrize("outputs", [1, 2])
+def test_members_that_start_from_one_head_are_set_apart_and_those_that_differ_are_kept(
+    opened, tiny_model, tmp_path, outputs
+):
+    model = LlamaForSequenceClassification.from_pretrained(tiny_model, num_labels=outputs)
+    own = plain_adapter(model, tmp_path / "plain", "SEQ_CLS")[HEAD]
+    run = opened(reward={"start_from": str(tmp_path / "plain"), "num_heads": 2, "num_adapters": 2})
+    base = run.load_reward_base()
+    members = []
+    for place, role in enumerate(("reward", "reward-2")):
+        torch.manual_seed(place)
+        reward.add_starting_role(run, base, role)
+        members += base.head_weight(role).tolist()
+    assert members[:outputs] == own.tolist()
+    assert len({tuple(one) for one in members}) == 4
+    near = torch.nn.functional.cosine_similarity(torch.tensor(members), own[[0, -1, 0, -1]])
+    assert near.min() > 0.9
 
 
 @pytest.mark.slow

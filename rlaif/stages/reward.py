@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rlaif import files
 from rlaif.errors import DataError
@@ -63,6 +63,7 @@ from rlaif.stages.run import Run
 NAME = "reward"
 _FILES: dict[str, type[Row]] = {"comparisons": Comparison, "rankings": Ranking, "ratings": Rating}
 _MEAN = Combination()
+_APART = 0.3  # of a head's norm: how far further members begin from the one they are copies of (docs/decisions.md)
 
 
 def inputs(run: Run) -> dict[str, str]:
@@ -233,8 +234,24 @@ def add_starting_role(run: Run, base: SharedBase, role: str) -> None:
     with torch.no_grad():
         if role != COST and base.ready_head is not None and not weight.any():
             weight.copy_(base.ready_head.expand_as(weight))
-        elif role == COST or not weight.any():
+        if role == COST or not weight.any():
             nn.init.normal_(weight, std=(base.hidden_size + 1) ** -0.5)  # Huang et al. 2024, detail 11
+        else:
+            _set_apart(weight, first=role == REWARD)
+
+
+def _set_apart(weight: Tensor, first: bool) -> None:
+    """Move members of an ensemble that start from one head apart, so that they can come to disagree.
+
+    Args:
+        weight: of the heads of one adapter, ``[K, hidden]``, changed in place.
+        first: whether it is the first adapter's: its first head stays as it is, and so do heads that differ already.
+    """
+    if first and len(weight.unique(dim=0)) > 1:
+        return
+    moved = weight[1:] if first else weight
+    noise = torch.randn_like(moved)
+    moved += _APART * moved.norm(dim=1, keepdim=True) * noise / noise.norm(dim=1, keepdim=True)
 
 
 def measure(run: Run, base: SharedBase, roles: list[str], split: Split) -> dict[str, Any]:
