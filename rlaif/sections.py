@@ -218,6 +218,7 @@ class RewardSection(TrainingSection):
     ranking_loss: Literal["pairs", "plackett_luce"] = Field("pairs", description="rankings with ties take `pairs`")
     rating_coef: NonNegative = Field(1.0, description="what the squared error of a rating counts")
     weights: dict[str, Weight] = Field({}, description="what rows count, by annotator or source; absent: 1")
+    skill_weights: bool = Field(False, description="weigh train rows by their annotators' skill on shared pairs")
     center_rewards_coefficient: NonNegative = 0.01
     num_heads: Positive = Field(1, description="outputs of the head, each trained on a bootstrap of the rows")
     num_adapters: Positive = Field(1, description="adapters trained from different seeds, as an ensemble")

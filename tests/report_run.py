@@ -111,6 +111,15 @@ def make_labels(folder: Path, text: str) -> None:
                       "rules": {"longer": rate(26, 40, 0.5, 0.78), "shorter": rate(14, 40, 0.22, 0.5),
                                 "refusal_words": rate(22, 40, 0.4, 0.69)}},
     }
+    share = rate(40, 50, 0.67, 0.888)
+    few = rate(26, 50, 0.385, 0.652)
+    weak = {"annotator": "ann" + text, "labels": 80, "shared": 50, "agreement": few, "skill": 0.53, "weight": 0.06,
+            "finding": "weaker than the others"}
+    good = {"annotator": "ben" + text, "labels": 90, "shared": 50, "agreement": share, "skill": 0.87, "weight": 0.74,
+            "finding": ""}
+    alone = {"annotator": "judge", "labels": 9, "shared": 0, "agreement": None, "skill": 0.7, "weight": 0.4,
+             "finding": "no shared pair"}
+    known["annotators"] = {"pairs": 120, "shared": 50, "alpha": 0.31, "annotators": [weak, alone, good]}
     quality = {"judge": judge, "min_judge_accuracy": 0.6, "judge_labels": False, "labels": labels, **known}
     write_stage(folder, "label", 3, {"comparisons": 512, "ties": 31}, quality=quality)
 

@@ -482,3 +482,28 @@ def test_human_import_writes_comparisons_and_keeps_the_rest_with_reasons(rlaif, 
     assert (row.annotator, row.tag, row.chosen[0]["content"]) == ("ann", "ordinary", "Hello.")
     [unused] = tiny_runs.rows(tmp_path / "comparisons.unused.jsonl")
     assert (unused["line"], unused["reason"]) == (2, "contexts differ")
+
+
+def test_human_quality_tells_who_agrees_with_the_others(rlaif, tmp_path):
+    def write(name, rows):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    pairs = [{"prompt": f"Question {n}?", "chosen": f"good {n}", "rejected": f"bad {n}"} for n in range(30)]
+    turned = [{**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in pairs]
+    write("ann.jsonl", [{**row, "annotator": "ann"} for row in pairs])
+    write(
+        "others.jsonl", [{**row, "annotator": name} for name, rows in (("ben", pairs), ("cy", turned)) for row in rows]
+    )
+    code, out, _ = rlaif("human", "quality", "ann.jsonl", "others.jsonl")
+    assert code == 0
+    assert out.startswith("30 pairs of answers, 30 of them shared; Krippendorff's alpha")
+    assert [line.split()[0] for line in out.splitlines()[3:]] == ["cy", "ann", "ben"]
+    write("known.jsonl", turned[:20])
+    code, out, _ = rlaif("human", "quality", "ann.jsonl", "others.jsonl", "--known", "known.jsonl", "--json")
+    found = json.loads(out)
+    assert (code, found["shared"]) == (0, 30)
+    assert [one["annotator"] for one in found["annotators"]] == ["ann", "ben", "cy"]
+    code, _, err = rlaif("human", "quality", "ann.jsonl")
+    assert code == 2
+    assert "ann.jsonl: in 30 labels no pair of answers is judged by two annotators" in err
+    assert "Traceback" not in err

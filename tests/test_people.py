@@ -158,3 +158,33 @@ def test_a_row_named_after_its_annotator_in_one_file_is_known_by_its_id_in_anoth
     people = labels_of(make(both[1:], both))
     assert [row.id for row in people.comparisons] == ["p0", "p0@b"]
     assert [row["reason"] for row in people.unused] == ["stands in two files"]
+
+
+def test_annotators_who_share_pairs_are_measured_and_told_in_the_report(make: Maker) -> None:
+    said = [
+        {"prompt": f"Question {n}?", "chosen": better, "rejected": worse, "annotator": name}
+        for n in range(40)
+        for name, right in (("ann", True), ("ben", True), ("cy", n % 20 > 0), ("coin", n % 2 == 0))
+        for better, worse in [(f"good {n}", f"bad {n}")[:: 1 if right else -1]]
+    ]
+    run = make(said, RATINGS)
+    label.label(run)
+    found = quality_of(run).annotators
+    assert found is not None
+    assert (found.pairs, found.shared) == (46, 40)  # four ratings of one prompt are six pairs
+    assert [one.annotator for one in found.annotators][0] == "coin"
+    assert found.annotators[0].weight < 0.2 < 0.8 < found.annotators[-1].weight
+    [sentence] = [one for one in label_findings(quality_of(run)) if "annotators" in one]
+    assert "Of 4 annotators" in sentence and "coin agrees less" in sentence and "reward.skill_weights" in sentence
+
+
+def test_annotators_who_share_no_pair_are_not_measured(make: Maker) -> None:
+    run = make(PAIRS)
+    label.label(run)
+    assert quality_of(run).annotators is None
+
+
+def test_duplicates_are_counted_together_whichever_line_they_repeat(make: Maker) -> None:
+    run = make([*PAIRS, *PAIRS])
+    label.label(run)
+    assert quality_of(run).labels.unused == {"duplicate of an earlier line": 3}

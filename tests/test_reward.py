@@ -419,6 +419,56 @@ def test_rows_of_weight_0_stand_in_no_figure(opened):
     assert evaluation(run) == evaluation(plain)
 
 
+# --- annotators ------------------------------------------------------------------------------------------------------
+
+
+def by_annotators(**right):
+    """Return twelve pairs as annotators see them, each right in the given share of the pairs."""
+    return [
+        row.model_copy(
+            update={
+                "id": f"{row.id}-{name}",
+                "annotator": name,
+                "source": "human",
+                "split": "eval" if place > 8 else "train",
+                **({} if place % 12 < 12 * share else {"chosen": row.rejected, "rejected": row.chosen}),
+            }
+        )
+        for place, row in enumerate(ROWS)
+        for name, share in right.items()
+    ]
+
+
+def test_rows_to_train_on_count_what_their_annotators_are_worth(opened, monkeypatch):
+    trained = {}
+
+    def train(run, base, job, *rest):
+        trained.update({example.id: example.weight for example in job.train})
+        return reward_training.train(run, base, job, *rest)
+
+    monkeypatch.setattr(reward, "train", train)
+    rows = by_annotators(ann=1, ben=1, cy=1, liar=0)
+    run = opened(rows=rows, max_steps=2, suspects=0, skill_weights=True, weights={"ben": 0.5})
+    counts = reward.reward(run)
+    written = json.loads((run.stage_folder("reward") / "annotators.json").read_text())
+    weights = {one["annotator"]: one["weight"] for one in written["annotators"]}
+    assert weights["liar"] == 0 < 0.5 < weights["ann"]
+    unused = tiny_runs.rows(run.stage_folder("reward") / "unused.jsonl")
+    assert {row["id"].partition("-c")[0] for row in unused} == {f"{row.id}-liar" for row in ROWS[:9]}
+    assert (counts["train"], counts["heldout"], counts["unused_weight_0"]) == (27, 12, 9)
+    assert evaluation(run)["heldout"]["all"]["n"] == 12  # the liar's too, as they were labelled
+    assert trained["c-0-ann"] / trained["c-0-cy"] == pytest.approx(weights["ann"] / weights["cy"])
+    assert trained["c-0-ann"] / trained["c-0-ben"] == pytest.approx(2 * weights["ann"] / weights["ben"])  # and by hand
+    assert sum(trained.values()) == pytest.approx(len(trained))
+
+
+def test_skill_weights_need_shared_pairs_and_somebody_better_than_a_coin(opened):
+    with pytest.raises(DataError, match=r"reward\.skill_weights needs pairs .* two annotators .* none of 12 rows"):
+        reward.reward(opened(skill_weights=True))
+    with pytest.raises(DataError, match=r"on 12 pairs .* nobody who gave a row .* more often than a coin"):
+        reward.reward(opened(rows=by_annotators(ann=1, liar=0), skill_weights=True))
+
+
 # --- the cost adapter ------------------------------------------------------------------------------------------------
 
 SAFETY = [

@@ -211,7 +211,7 @@ def _comparison(pair: Pair, names: Fields, identifier: str, counts: float, prove
     if pair.first:
         provenance = {**provenance, "chosen": pair.first}
     if pair.preference < 0.5:
-        pair = pair.turned()
+        pair = pairs.turned(pair)
         flags += [] if pair.first else [pairs.SWAPPED]
     flags += [pairs.AGAINST_SIGNS] if pairs.against_signs(pair) else []
     content = {key: getattr(pair, key) for key in ("prompt", "chosen", "rejected", "preference", "margin")} | names

@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from rlaif.errors import DataError
@@ -89,6 +90,11 @@ def _own_kind(path: Path) -> type[Comparison] | type[Rating] | type[Ranking] | N
     return next((kind for column, kind in _KINDS.items() if column in first), None)
 
 
+def count_reasons(unused: Sequence[Fields]) -> dict[str, int]:
+    """Count rows set aside by their reason, the most frequent first, whichever earlier line a reason names."""
+    return dict(Counter(re.sub(r"\bline \d+", "an earlier line", row["reason"]) for row in unused).most_common())
+
+
 def summary(imported: Imported, output: Path, unused: Path) -> str:
     """Say what became of the rows of a file."""
     kept = imported.rows
@@ -105,7 +111,6 @@ def summary(imported: Imported, output: Path, unused: Path) -> str:
         lines.append(f"  {FLAG} {len(shown)} (kept; {WHY}): line {', '.join(shown[:5])}{', ...' * (len(shown) > 5)}")
     if imported.unused:
         lines.append(f"  not usable {len(imported.unused)} -> {unused}")
-        reasons = Counter(re.sub(r"line \d+$", "an earlier line", row["reason"]) for row in imported.unused)
-        for reason, count in reasons.most_common():
+        for reason, count in count_reasons(imported.unused).items():
             lines.append(f"    {reason}: {count}")
     return "\n".join(lines)

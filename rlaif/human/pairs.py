@@ -2,7 +2,7 @@
 
 import os
 import re
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard, TypeVar
 
 from rlaif.human.answers import answered, checked, refuse_empty, user
 from rlaif.human.json_objects import Fields
@@ -34,18 +34,31 @@ class Pair(NamedTuple):
     flags: tuple[str, ...] = ()
     first: str = ""
 
-    def turned(self) -> "Pair":
-        """Return the same judgement with the answers in each other's place."""
-        return self._replace(
-            chosen=self.rejected,
-            rejected=self.chosen,
-            preference=1 - self.preference,
-            margin=None if self.margin is None else 0.0 - self.margin,
-            safer=None if self.safer is None else 1 - self.safer,
-            chosen_safe=self.rejected_safe,
-            rejected_safe=self.chosen_safe,
-            votes=tuple({**vote, "preference": 1 - vote["preference"]} for vote in self.votes),
-        )
+
+P = TypeVar("P", Pair, Comparison)
+
+
+def turned(pair: P) -> P:
+    """Return the same judgement with the answers in each other's place."""
+    changed: dict[str, Any] = {
+        "chosen": pair.rejected,
+        "rejected": pair.chosen,
+        "preference": 1 - pair.preference,
+        "margin": None if pair.margin is None else 0.0 - pair.margin,
+        "safer": None if pair.safer is None else 1 - pair.safer,
+        "chosen_safe": pair.rejected_safe,
+        "rejected_safe": pair.chosen_safe,
+        "votes": type(pair.votes)(
+            {**vote, "preference": 1 - vote["preference"]} if is_probability(vote.get("preference")) else vote
+            for vote in pair.votes
+        ),
+    }
+    return pair._replace(**changed) if isinstance(pair, Pair) else pair.model_copy(update=changed)
+
+
+def is_probability(value: Any) -> TypeGuard[float]:
+    """Whether a vote's preference is a number from 0 to 1; a file of this package may hold anything there."""
+    return isinstance(value, int | float) and 0 <= value <= 1
 
 
 def against_signs(pair: Pair | Comparison) -> bool:

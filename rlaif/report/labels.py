@@ -164,6 +164,27 @@ class Safety(Part):
     tests: Rate | None
 
 
+class Annotator(Part):
+    """What the pairs that several annotators judged say of one of them."""
+
+    annotator: str
+    labels: int
+    shared: int
+    agreement: Rate | None
+    skill: float
+    weight: float
+    finding: str
+
+
+class Annotators(Part):
+    """What the pairs that several annotators judged say of all, the weakest first."""
+
+    pairs: int
+    shared: int
+    alpha: float | None
+    annotators: list[Annotator]
+
+
 class Quality(Part):
     """``quality.json`` of the label stage."""
 
@@ -177,4 +198,5 @@ class Quality(Part):
     flagged: dict[str, int] = {}
     reference: Reference | None = None
     safety: Safety | None = None
+    annotators: Annotators | None = None
     labels: Labels

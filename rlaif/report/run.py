@@ -31,6 +31,7 @@ from rlaif.report.reading import (
 from rlaif.report.rounds import read_rounds
 
 MAX_CHAINS, MAX_QUARANTINED, MAX_ANSWERS = 12, 4, 15
+MAX_ANNOTATORS = 20
 MAX_SAMPLED_PROMPTS, MAX_SAMPLED_UPDATES = 3, 6
 FEEDBACK = {"ai": "an AI labeller", "human": "people", "mixed": "an AI labeller and people"}
 _HERE = Path(__file__).resolve().parent
@@ -115,6 +116,7 @@ def _of_labels(quality: Quality, people: bool) -> dict[str, Any]:
         "judge_chart": interval_chart([("", bars)], title=tests, reference=(0.5, "chance")),
         "wrong_tests": [test for test in judge.by_test if not test.correct] if judge else [],
         "rules": wording.RULES,
+        "max_annotators": MAX_ANNOTATORS,
         "label_tags": wording.in_order({*quality.labels.by_tag, *quality.labels.chosen_refuses}),
     }
 

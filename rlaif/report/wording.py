@@ -11,8 +11,9 @@ from typing import Any
 
 from rlaif import health
 from rlaif.health import HealthSection
+from rlaif.human.quality import AGAINST, WEAKER
 from rlaif.report.charts import Bar, short
-from rlaif.report.labels import Mean, Quality, Rate, Safety
+from rlaif.report.labels import Annotators, Mean, Quality, Rate, Safety
 from rlaif.report.reading import Metrics
 from rlaif.report.results import Difference, WinRate
 
@@ -41,6 +42,7 @@ METHODS = {
 }
 # Characters that a screen does not show or that reorder what it shows: controls but tab and line feed, marks
 # of writing direction, separators, zero-width space and byte-order mark, and halves of surrogate pairs.
+_NAMED = 5  # annotators in a sentence
 _HIDDEN = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]"
 )
@@ -248,6 +250,8 @@ def label_findings(quality: Quality) -> list[str]:
         )
     if quality.safety is not None:
         sentences += _safety(quality.safety)
+    if quality.annotators is not None:
+        sentences += _annotators(quality.annotators)
     labels = quality.labels
     more = [f"{count(n)} {name}" for name, n in (("ratings", labels.ratings), ("rankings", labels.rankings)) if n]
     if more:
@@ -272,6 +276,18 @@ def _safety(found: Safety) -> list[str]:
     if found.without_principle:
         sentences.append(f"No harmless principle applies to {count(found.without_principle)} pairs.")
     return sentences
+
+
+def _annotators(found: Annotators) -> list[str]:
+    odd = [one.annotator for one in found.annotators if one.finding in (AGAINST, WEAKER)]
+    about = f"Of {count(len(found.annotators))} annotators who share {count(found.shared)} pairs of answers"
+    if not odd:
+        return [f"{about}, none is shown to agree less with the others than they do."]
+    named = f"{listed(odd[:_NAMED])}{' and others' if len(odd) > _NAMED else ''}"
+    return [
+        f"{about}, {named} {'agrees' if len(odd) == 1 else 'agree'} less with the others than they do: read their "
+        "labels, or set reward.skill_weights, which lets a label count what its annotator is worth."
+    ]
 
 
 def listed(parts: Sequence[str]) -> str:

@@ -20,6 +20,8 @@ from typing import Any
 from rlaif import files, filters, steering
 from rlaif.documents import shipped
 from rlaif.errors import DataError, StageError
+from rlaif.human.labels import count_reasons
+from rlaif.human.quality import measure
 from rlaif.maths import agreement
 from rlaif.records import Comparison, text_of
 from rlaif.rounds import LABELS
@@ -95,7 +97,7 @@ def label(run: Run) -> dict[str, Any]:
         unused += aside + [{"id": row.id, "reason": "in a file of labels already"} for row in made if row.id in taken]
         comparisons += [row for row in made if row.id not in taken]
     if not comparisons and not people.more:
-        raise DataError(f"{folder}: no comparison is usable; {len(unused)} were set aside: {_reasons(unused)}.")
+        raise DataError(f"{folder}: no comparison is usable; {len(unused)} were set aside: {count_reasons(unused)}.")
     if run.loaded.reference is not None:
         known = qualities.reference_rows(run.loaded.reference, comparisons, run.recipe.seed)
         quality["reference"] = qualities.against_people(known)
@@ -103,6 +105,8 @@ def label(run: Run) -> dict[str, Any]:
             run.progress.say(f"  warning: {run.loaded.reference} holds none of the labelled pairs; nothing to compare.")
     quality["labels"] = summary(method, comparisons, unused) | same_position
     quality["labels"] |= {**people.more, "contradictory": people.contradictory}
+    annotators = measure([*comparisons, *people.ratings, *people.rankings])
+    quality["annotators"] = annotators and annotators.row()
     failed = sum(row["reason"] == NO_ANSWER for row in unused)
     rows = {"comparisons": len(comparisons), **people.more, "unused": len(unused) - failed, "failed": failed}
     counts = reconciled(NAME, incoming, **rows)
@@ -232,14 +236,10 @@ def summary(method: str, comparisons: Sequence[Comparison], unused: Sequence[dic
         "method": method,
         "comparisons": len(comparisons),
         "ties": sum(row.preference == 0.5 for row in comparisons) + sum(row["reason"] == "tie" for row in unused),
-        "unused": _reasons(unused),
+        "unused": count_reasons(unused),
         "by_tag": dict(Counter(row.tag or "untagged" for row in comparisons)),
         "chosen_longer": agreement.wilson(longer, len(comparisons))._asdict() if comparisons else None,
         "chosen_refuses": {tag: agreement.wilson(sum(x), len(x))._asdict() for tag, x in refuses.items()},
         "mean_preference": statistics.fmean(row.preference for row in comparisons) if comparisons else None,
         "same_position": None,
     }
-
-
-def _reasons(unused: Sequence[dict[str, Any]]) -> dict[str, int]:
-    return dict(Counter(row["reason"] for row in unused))

@@ -44,6 +44,7 @@ from rlaif.stages.reward_data import (
     split_rows,
     standard_ratings,
     usable,
+    weighed_by_skill,
 )
 from rlaif.stages.reward_model import (
     CALIBRATION,
@@ -124,9 +125,11 @@ def reward(run: Run) -> dict[str, Any]:
         earlier = [_usable(run, base, part).rows for part in before]
         again, known = replayed(run, earlier, rows), known_sides(earlier, settings.heldout_fraction)
     found = _usable(run, base, [*rows, *again])
-    files.write_jsonl(folder / "unused.jsonl", found.unused)
     dev_fraction = settings.heldout_fraction if settings.early_stopping_patience else 0.0
     split = split_rows(found.rows, settings.heldout_fraction, dev_fraction=dev_fraction, known=known)
+    if settings.skill_weights:
+        split = weighed_by_skill(folder, list(itertools.chain(rows, *before)), split, found.unused)
+    files.write_jsonl(folder / "unused.jsonl", found.unused)
     refuse_too_few(folder, len(rows) + len(again), found, split)
     of_safety = safety_rows(run, split) if settings.cost else None
     roles = roles_of(REWARD, settings.num_adapters)
@@ -247,7 +250,7 @@ def _set_apart(weight: Tensor, first: bool) -> None:
         weight: of the heads of one adapter, ``[K, hidden]``, changed in place.
         first: whether it is the first adapter's: its first head stays as it is, and so do heads that differ already.
     """
-    if first and len(weight.unique(dim=0)) > 1:
+    if first and not torch.equal(weight, weight[:1].expand_as(weight)):
         return
     moved = weight[1:] if first else weight
     noise = torch.randn_like(moved)

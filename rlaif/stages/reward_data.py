@@ -10,10 +10,13 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
+from rlaif import files
 from rlaif.documents import fingerprint
 from rlaif.errors import ConfigError, DataError
+from rlaif.human.quality import measure, weighed
 from rlaif.maths.preference import standardize_by_annotator
 from rlaif.model.roles import SharedBase
 from rlaif.recipe import PairLoss, RewardSection
@@ -185,6 +188,40 @@ def split_rows(
 def prompt_key(row: Labelled) -> str:
     """Return a hash of a row's prompt."""
     return hashlib.sha256(repr(row.prompt).encode()).hexdigest()
+
+
+def weighed_by_skill(folder: Path, rows: Sequence[Labelled], split: Split, unused: list[dict[str, str]]) -> Split:
+    """Weigh what is trained on, and what training is stopped by, with the skill of annotators; write who they are.
+
+    Held-out rows stay as they were labelled. Rows whose annotators are no better than a coin are set aside.
+
+    Args:
+        folder: of the stage, for ``annotators.json``.
+        rows: all labels there are, of which the split has the usable ones.
+        split: the rows to train on and the others.
+        unused: rows set aside, which is added to.
+
+    Raises:
+        DataError: no pair has labels of two annotators, or nobody is better than a coin.
+    """
+    quality = measure(rows)
+    if quality is None:
+        raise DataError(
+            f"{folder}: reward.skill_weights needs pairs of answers that two annotators have judged, which tell who is "
+            f"right how often; none of {len(rows)} rows is about the answers of another annotator's. Bring such rows, "
+            "or set reward.weights by hand."
+        )
+    files.write_json(folder / "annotators.json", quality.row())
+    weights = quality.weights
+    train, dev = ([weighed(row, weights) for row in part] for part in (split.train, split.dev))
+    if split.train and not any(row.weight for row in train):
+        raise DataError(
+            f"{folder}: on {quality.shared} pairs that several annotators judged, nobody who gave a row to train on is "
+            "right more often than a coin, and reward.skill_weights leaves none of their rows (annotators.json). Ask "
+            "the annotators why they disagree, or set reward.skill_weights: false."
+        )
+    unused += [{"id": row.id, "reason": WEIGHTLESS} for row in (*train, *dev) if not row.weight]
+    return split._replace(train=[row for row in train if row.weight], dev=[row for row in dev if row.weight])
 
 
 def standard_ratings(rows: Sequence[Labelled]) -> dict[str, float]:
