@@ -101,6 +101,8 @@ def test_hidden_characters_are_shown(tmp_path: Path) -> None:
 def test_a_stage_that_did_not_run_or_finish_is_left_out_with_a_line(tmp_path: Path, stage: str) -> None:
     folder, name = make_run(tmp_path), stage[2:]
     (folder / stage / "manifest.json").unlink()
+    (folder / stage / "metrics.jsonl").unlink(missing_ok=True)
+    (folder / stage / "samples.jsonl").unlink(missing_ok=True)
     assert f"The stage \u201c{name}\u201d began but has not finished, so " in read(folder).text
     for file in (folder / stage).iterdir():
         file.unlink()
@@ -108,6 +110,22 @@ def test_a_stage_that_did_not_run_or_finish_is_left_out_with_a_line(tmp_path: Pa
     page = read(folder)
     assert f"The stage \u201c{name}\u201d did not run, so " in page.text
     assert page.text.count("did not run") == (3 if name == "evaluate" else 2 if name == "ppo" else 1)
+
+
+@pytest.mark.parametrize("stage", ["2-sft", "4-reward", "5-ppo"])
+def test_curves_of_a_stage_that_has_not_finished_are_drawn_up_to_a_torn_row(tmp_path: Path, stage: str) -> None:
+    folder, name = make_run(tmp_path), stage[2:]
+    whole = read(folder).text
+    (folder / stage / "manifest.json").unlink()
+    with (folder / stage / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 60, "')
+    page = read(folder)
+    assert f"The stage \u201c{name}\u201d began but has not finished: here is what it has written so far." in page.text
+    assert "Loss" in page.text
+    if name == "ppo":
+        for sentence in ("no limit of ppo.health was passed", "Updates 1 to"):
+            assert (sentence in page.text) == (sentence in whole)
+        assert page.text.count("Reward") == whole.count("Reward")
 
 
 def test_a_folder_with_a_recipe_alone_gives_a_page(tmp_path: Path) -> None:

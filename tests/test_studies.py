@@ -275,6 +275,28 @@ def test_poisoning_prints_what_is_learned_seen_and_defended(monkeypatch, data, t
     assert len(defended) == 2 + 3
 
 
+def test_a_crowd_labels_each_pair_at_least_once_and_is_wrong_as_often_as_it_should_be():
+    pairs = [comparison(n, f"good {n}", f"bad {n}") for n in range(400)]
+    found = planting.crowd(pairs, [1.0, 0.5], 0.5, 0)
+    assert {row.id.rpartition("@")[0] for row in found.rows} == {row.id for row in pairs}
+    assert len(found.rows) == pytest.approx(500, abs=40)  # both on a quarter; on another, one instead of nobody
+    wrong = [found.rows[place] for place in found.places]
+    assert {row.annotator for row in wrong} == {"annotator-2"}
+    assert len(wrong) == pytest.approx(125, abs=30)
+    assert all(row.chosen[0]["content"].startswith("bad") for row in wrong)
+
+
+def test_annotators_prints_who_is_found_and_what_weights_are_worth(monkeypatch, data, tiny_model, capsys):
+    options = ["--model", str(tiny_model), *SMALL_OPTIONS[2:], "--seeds", "1", "--share", "0.8"]
+    assert run_script("annotators", monkeypatch, data, *options) == 0
+    found, learned = tables(capsys.readouterr().out)
+    assert len(found) == 2 + 4
+    assert [line[2] for line in learned[2:6]][0] == "nothing"
+    assert len(learned) == 2 + 4 * 4
+    (liar,) = [line for line in found if line[0] == "one exchanges all"]
+    assert "0.1: 1 of 1" in liar[-1]
+
+
 def test_the_bag_of_words_alone_needs_no_features(monkeypatch, data, tiny_model, capsys):
     for name in ("label_noise", "poisoning"):
         options = ["--model", str(tiny_model), "--words-only", "--rates", "0.1", "--seeds", "1", "--layers", "1"]

@@ -5,6 +5,7 @@ more. A stage has run when its folder holds ``manifest.json``, which each stage 
 """
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -166,6 +167,7 @@ class Run:
 
 
 M = TypeVar("M", bound=Part)
+T = TypeVar("T")
 
 
 def count_of(recipe: dict[str, Any]) -> int:
@@ -221,14 +223,14 @@ def read_run(folder: Path) -> Run:
         recipe_text=read_text(recipe_path, DataError),
         manifests=manifests,
         unfinished=[stage for stage, place in places.items() if place.is_dir() and stage not in manifests],
-        chains=_rows(done["revise"] / "chains.jsonl", Chain) if "revise" in done else [],
-        sft=_metrics(done["sft"]) if "sft" in done else [],
+        chains=list(_rows(done["revise"] / "chains.jsonl", Chain)) if "revise" in done else [],
+        sft=_kept(_metrics(places["sft"]), "sft" in done),
         quality=read_object(done["label"] / "quality.json", Quality) if "label" in done else None,
-        reward=_metrics(done["reward"]) if "reward" in done else [],
+        reward=_kept(_metrics(places["reward"]), "reward" in done),
         reward_evaluation=read_object(reward, RewardEvaluation) if "reward" in done else None,
         cost_evaluation=read_object(cost, CostEvaluation) if cost.is_file() else None,
-        ppo=_metrics(done["ppo"]) if "ppo" in done else [],
-        ppo_samples=_rows(done["ppo"] / "samples.jsonl", PpoSample) if "ppo" in done else [],
+        ppo=_kept(_metrics(places["ppo"]), "ppo" in done),
+        ppo_samples=_kept(_rows(places["ppo"] / "samples.jsonl", PpoSample), "ppo" in done),
         results=_results(done["evaluate"] / "results.json") if "evaluate" in done else None,
     )
 
@@ -245,12 +247,24 @@ def _constitution(done: dict[str, Path]) -> str | None:
     return None
 
 
-def _metrics(place: Path) -> Metrics:
-    return [row for _, row in read_jsonl(place / "metrics.jsonl")]
+def _metrics(place: Path) -> Iterator[dict[str, Any]]:
+    return (row for _, row in read_jsonl(place / "metrics.jsonl"))
 
 
-def _rows(path: Path, model: type[M]) -> list[M]:
-    return [_checked(row, f"{path}:{number}", model) for number, row in read_jsonl(path)]
+def _rows(path: Path, model: type[M]) -> Iterator[M]:
+    return (_checked(row, f"{path}:{number}", model) for number, row in read_jsonl(path))
+
+
+def _kept(rows: Iterator[T], finished: bool) -> list[T]:
+    """Return the rows of a stage's file; of a stage that has not finished, those before the first that is torn."""
+    found: list[T] = []
+    try:
+        for row in rows:
+            found.append(row)
+    except DataError:
+        if finished:
+            raise
+    return found
 
 
 def read_object(path: Path, model: type[M]) -> M:

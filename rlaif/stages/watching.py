@@ -51,7 +51,7 @@ class Watch:
             raise StageError(
                 f"{told}\nStopped, because ppo.health.stop lists {kinds}. The checkpoint of update {len(self._rows)} "
                 "and all that was written are kept: with other values in ppo.health the run goes on from there; with "
-                "another learning rate or reward the stage starts anew."
+                "another learning rate or reward the stage starts anew. `rlaif report` draws the curves up to here."
             )
 
 

@@ -86,3 +86,24 @@ def by_annotators(planted: Planted, count: int, seed: int, *, alone: bool) -> li
     for place in honest[extra:]:
         given[place] = draw.choice(names[:-1])
     return [given[place] for place in range(len(planted.rows))]
+
+
+def crowd(rows: Sequence[Comparison], skills: Sequence[float], share: float, seed: int) -> Planted:
+    """Let annotators of known skill label a share of the rows each; one of them where nobody else would.
+
+    Each label is a row of its own, with the id of what it is about before an ``@``, and right with the annotator's
+    chance, whatever the others say. The places are those of the wrong ones.
+    """
+    draw = random.Random(seed)
+    names = [f"annotator-{number}" for number in range(1, len(skills) + 1)]
+    labels: list[Comparison] = []
+    wrong: list[int] = []
+    for row in rows:
+        own = [place for place in range(len(skills)) if draw.random() < share] or [draw.randrange(len(skills))]
+        for place in own:
+            right = draw.random() < skills[place]
+            wrong += [] if right else [len(labels)]
+            label = row if right else exchanged(row)
+            changed = {"id": f"{row.id}@{names[place]}", "annotator": names[place], "source": "human"}
+            labels.append(label.model_copy(update=changed))
+    return Planted(labels, wrong)

@@ -54,14 +54,19 @@ def parser(description: str, rates: Sequence[float]) -> argparse.ArgumentParser:
     options = options_of(description)
     options.add_argument("--words-only", action="store_true", help="the bag of words alone: no features, no heads")
     options.add_argument("--rates", type=float, nargs="+", default=list(rates), help="shares of planted rows")
-    for name, kind in HeadSettings.__annotations__.items():
-        given = HeadSettings._field_defaults[name]
-        options.add_argument(f"--{name.replace('_', '-')}", type=kind, default=given, help=f"of the heads: {given}")
+    add_head_options(options)
     options.add_argument("--lora", type=float, nargs="*", default=[], help="rates for the reward stage itself")
     options.add_argument("--lora-epochs", type=float, default=1.0)
     options.add_argument("--lora-learning-rate", type=float, default=RewardSection().learning_rate)
     options.add_argument("--lora-folder", type=Path, help="where their run folders go; needed with --lora")
     return options
+
+
+def add_head_options(options: argparse.ArgumentParser) -> None:
+    """Add the options that `head_settings` reads."""
+    for name, kind in HeadSettings.__annotations__.items():
+        given = HeadSettings._field_defaults[name]
+        options.add_argument(f"--{name.replace('_', '-')}", type=kind, default=given, help=f"of the heads: {given}")
 
 
 def head_settings(options: argparse.Namespace) -> HeadSettings:
