@@ -263,6 +263,8 @@ def _estimate(run: Run, one: StagePlan, earlier: Manifest | None, lengths: dict[
         work = work_of(run, one.stage)
         one.steps, one.new_tokens = work.steps, one.new_tokens + work.written
         one.read_tokens += work.read
+        if work.rated:
+            one.note = one.note or f"the judge would be asked for about {work.rated} ratings of responses"
         done = earlier.counts.get("updates" if one.stage == "ppo" else "steps") if earlier else None
         if earlier and done and not one.missing:
             one.seconds, one.basis = earlier.seconds / done * one.steps, "the stage's last run"

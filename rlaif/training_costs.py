@@ -11,6 +11,8 @@ from rlaif.endpoints import BASE
 from rlaif.memory import scorers_of
 from rlaif.memory_advice import lengths_of_rows, shape_of, tokens_of
 from rlaif.recipe import Recipe, TrainingSection
+from rlaif.stages.judged_reward import rated_under
+from rlaif.stages.rating import question
 from rlaif.stages.run import Run
 from rlaif.stages.training import steps_of
 
@@ -24,6 +26,7 @@ class Work(NamedTuple):
     written: int  # tokens sampled here
     read: int  # tokens that a pass goes over, each counted once
     passes: float  # tokens times the passes over them
+    rated: int = 0  # questions to the judge about responses
 
 
 def work_of(run: Run, stage: str) -> Work:
@@ -64,8 +67,23 @@ def _ppo(run: Run) -> Work:
     if settings.ptx_coef:
         optimizer_steps = responses // settings.minibatch * settings.num_ppo_epochs
         text = optimizer_steps * settings.ptx_batch * settings.ptx_length
-    here = written if settings.sampling_engine == BASE else 0  # what a server writes takes no time here
-    return Work(settings.updates, here, round(whole) + text + measured, passes + _BACKWARD * text + measured)
+    rated, tokens = _ratings(run, responses) if settings.is_judged else (0, 0.0)
+    # What a server writes or reads takes no time here.
+    here, judged = (written if settings.sampling_engine == BASE else 0), (tokens if run.rater == BASE else 0.0)
+    read = round(whole + tokens) + text + measured
+    return Work(settings.updates, here, read, passes + judged + _BACKWARD * text + measured, rated)
+
+
+def _ratings(run: Run, responses: int) -> tuple[int, float]:
+    """Return how many questions to the judge the responses of PPO make, and how many tokens these have."""
+    settings = run.recipe.ppo
+    asked = [
+        [question("", row.prompt, "", principle) for principle in rated_under(run, row)]
+        for row in run.select("train", settings.prompts_per_tag)
+    ]
+    tokens = [sum(tokens_of(one.messages[0]["content"]) for one in group) for group in asked]
+    count = responses * statistics.fmean(map(len, asked))
+    return round(count), responses * statistics.fmean(tokens) + count * settings.sampling.max_new_tokens
 
 
 def _rejection(run: Run) -> Work:

@@ -16,6 +16,7 @@ from rlaif.engines.engine import Answer
 from rlaif.errors import ConfigError
 from rlaif.pipeline import _write_recipe, run_stage
 from rlaif.plan import Speed, StagePlan, as_lines
+from rlaif.stages.judged_reward import rated_under
 from rlaif.stages.run import Run
 from rlaif.training_costs import work_of
 
@@ -250,6 +251,26 @@ def test_plain_text_beside_ppo_counts_a_pass_with_gradients_for_each_optimizer_s
     assert with_text.seconds - without.seconds == pytest.approx(steps * tokens * 3 / 100.0, abs=0.02)  # type: ignore[operator]
     (not_measured,) = planned(make(ScriptedEngine(usual), stages=["ppo"], ppo={**settings, "ptx_heldout": 0}))
     assert without.read_tokens - not_measured.read_tokens == 2 * 8 * 256
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_the_judges_ratings_of_responses_are_counted(make: Maker, together: bool) -> None:
+    settings = {"updates": 2, "rollout_batch": 4, "minibatch": 2, "microbatch": 2, "critic": "trunk"}
+    label = {"principles": "together" if together else "all"}
+
+    def found(function: str) -> StagePlan:
+        own = {**settings, "reward_function": function, "sampling": {"max_new_tokens": 20}}
+        return planned(make(ScriptedEngine(usual), stages=["ppo"], ppo=own, label=label))[0]
+
+    judged, brief = found("judge"), found("brief")
+    run = make(ScriptedEngine(usual), label=label)
+    under = [len(rated_under(run, prompt)) for prompt in run.select("train", {})]
+    assert (max(under) > 1) != together
+    count = round(8 * sum(under) / len(under))
+    assert judged.note == f"the judge would be asked for about {count} ratings of responses"
+    assert brief.note == ""
+    assert judged.read_tokens - brief.read_tokens > count * 20
+    assert judged.seconds > brief.seconds  # type: ignore[operator]
 
 
 def test_rejection_counts_its_answers_their_scores_and_the_training_on_the_best(make: Maker) -> None:

@@ -13,6 +13,7 @@ from rlaif.errors import StageError
 from rlaif.maths import agreement
 from rlaif.model.roles import BASE, SharedBase
 from rlaif.progress import Progress
+from rlaif.records import Prompt
 from rlaif.stages.candidates import principles_of
 from rlaif.stages.rating import Rating, gathered, rate
 from rlaif.stages.rewards import RewardFunction, find_function
@@ -36,11 +37,13 @@ def judge_function(run: Run, base: SharedBase, stage: str) -> RewardFunction:
     settings = JudgeSettings(method="rating", min_option_mass=label.min_option_mass)
     model = run.model_of(run.rater)
     who = Judge(engine, run.constitution, run.journal, Progress(quiet=True), stage, settings, model)
-    principles: dict[str, Sequence[Principle]] = {}
-    for prompt in run.prompts:
-        found = principles_of(run, prompt.id, prompt.tag, prompt.category)
-        principles[prompt.id] = [gathered(found)] if label.principles == "together" else found
-    return as_reward(who, principles)
+    return as_reward(who, {prompt.id: rated_under(run, prompt) for prompt in run.prompts})
+
+
+def rated_under(run: Run, prompt: Prompt) -> Sequence[Principle]:
+    """Return the principles that a prompt's responses are rated under, each in a request of its own."""
+    found = principles_of(run, prompt.id, prompt.tag, prompt.category)
+    return [gathered(found)] if run.recipe.label.principles == "together" else found
 
 
 def reward_inputs(run: Run) -> dict[str, Any]:

@@ -53,26 +53,18 @@ def by_rating(who: Judge, pairs: Sequence[Pair], title: str) -> list[Opinion]:
 
 def rate(who: Judge, items: Sequence[tuple[str, str, str, Principle]], title: str) -> list[Rating | Abstention]:
     """Rate answers under principles; an item is an id, a prompt, an answer and a principle."""
-    template = load_template("rate")
-    questions = [
-        Question(
-            item_id=identifier,
-            messages=[
-                {
-                    "role": "user",
-                    "content": template.render(
-                        prompt=prompt,
-                        response=response,
-                        principle=principle.text,
-                        fence=fence_of(prompt, response, principle.text),
-                    ),
-                }
-            ],
-            options=NUMBERS,
-        )
-        for identifier, prompt, response, principle in items
-    ]
-    return [_read(who, answer) for answer in who.ask(questions, title)]
+    return [_read(who, answer) for answer in who.ask([question(*item) for item in items], title)]
+
+
+def question(identifier: str, prompt: str, response: str, principle: Principle) -> Question:
+    """Return what a judge is asked about one answer."""
+    text = load_template("rate").render(
+        prompt=prompt,
+        response=response,
+        principle=principle.text,
+        fence=fence_of(prompt, response, principle.text),
+    )
+    return Question(item_id=identifier, messages=[{"role": "user", "content": text}], options=NUMBERS)
 
 
 def _read(who: Judge, answer: Answer) -> Rating | Abstention:
