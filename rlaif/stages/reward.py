@@ -319,7 +319,7 @@ def safety_rows(run: Run, split: Split) -> Split:
             f"{folder}: reward.cost needs comparisons with `safer`, `chosen_safe` or `rejected_safe`, answers of both "
             f"signs among them, and some held out; found {len(told)} to train on with {signs.count(True)} safe and "
             f"{signs.count(False)} unsafe answers, and {len(own.heldout)} held out. Set label.safety, or bring rows "
-            "with these columns."
+            "with these columns" + (", or raise rounds.replay." if run.round > 1 else ".")
         )
     return own
 
