@@ -52,6 +52,20 @@ def test_all_kinds_of_rows_are_judgements_of_the_same_pairs():
     assert [0.5 in values for values in ties] == [True, True]  # the ranking ties a and c, the ratings b and c
 
 
+def test_many_ratings_of_one_prompt_do_not_make_all_pairs_and_the_same_ones_for_all():
+    rows = [
+        rating(1, f"answer {n}", float(n if name == "ann" else n + n % 3), annotator=name)
+        for name in ("ann", "ben")
+        for n in range(400)
+    ]
+    rows.append(rating(1, " answer 1\n", 9.0, annotator="ann"))  # rated once more
+    said = {}
+    for one in judgements(rows):
+        said.setdefault(one.annotator, set()).add(one.pair)
+    assert len(said["ann"] ^ said["ben"]) < 40
+    assert 400 < len(said["ann"]) < 400 * 20
+
+
 def test_the_order_of_answers_and_white_space_around_them_do_not_matter():
     one, other = (next(judgements([row])) for row in (comparison(1, "b", "a"), comparison(1, "a", " b\n")))
     assert one.pair == other.pair

@@ -27,6 +27,7 @@ from rlaif.records import Comparison, Messages, Ranking, Rating, text_of
 
 RATE = 0.05  # of false finds among the finds
 FEWEST = 10  # shared pairs, below which nothing is said of an annotator
+_NEAR = 20  # ratings of one prompt by one annotator that are compared with each other, so that pairs stay countable
 STRENGTH = 10.0  # labels that the average of the source counts beside an annotator's own
 AGAINST, WEAKER, FEW, ALONE = "against the others", "weaker than the others", "few shared pairs", "no shared pair"
 
@@ -128,9 +129,14 @@ def judgements(rows: Sequence[Labelled]) -> Iterator[Judgement]:
             for annotator, preference in voters(row) or [(row.annotator, row.preference)]:
                 yield _judgement(row.prompt, row.chosen, row.rejected, annotator, row.source, preference)
     for ratings in rated.values():
-        for a, b in itertools.combinations(ratings, 2):
-            first = 0.5 if a.rating == b.rating else float(a.rating > b.rating)
-            yield _judgement(a.prompt, a.response, b.response, a.annotator, a.source, first)
+        by_text = sorted(
+            ((_text(row.response), row.rating, row) for row in ratings), key=lambda one: one[0]
+        )  # alike for all
+        for place, (text, rating, a) in enumerate(by_text):
+            for other, below, b in by_text[place + 1 : place + _NEAR]:
+                if text != other:  # and not one answer rated twice
+                    first = 0.5 if rating == below else float(rating > below)
+                    yield _judgement(a.prompt, a.response, b.response, a.annotator, a.source, first)
 
 
 def voters(row: Comparison) -> list[tuple[str, float]]:
@@ -147,9 +153,14 @@ def voters(row: Comparison) -> list[tuple[str, float]]:
 def _judgement(
     prompt: Messages, one: Messages, other: Messages, annotator: str, source: str, first: float
 ) -> Judgement:
-    texts = [fingerprint([prompt, text_of(answer).strip()]) for answer in (one, other)]
+    texts = [fingerprint([prompt, _text(answer)]) for answer in (one, other)]
     pair = fingerprint(sorted(texts))
     return Judgement(pair, annotator, source, first if texts[0] < texts[1] else 1 - first)
+
+
+def _text(answer: Messages) -> str:
+    """Return a hash of an answer, whatever white space is around it."""
+    return fingerprint(text_of(answer).strip())
 
 
 def measure(rows: Sequence[Labelled], known: Sequence[Labelled] = ()) -> Quality | None:
