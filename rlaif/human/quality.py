@@ -129,14 +129,20 @@ def judgements(rows: Sequence[Labelled]) -> Iterator[Judgement]:
             for annotator, preference in voters(row) or [(row.annotator, row.preference)]:
                 yield _judgement(row.prompt, row.chosen, row.rejected, annotator, row.source, preference)
     for ratings in rated.values():
-        by_text = sorted(
-            ((_text(row.response), row.rating, row) for row in ratings), key=lambda one: one[0]
-        )  # alike for all
-        for place, (text, rating, a) in enumerate(by_text):
-            for other, below, b in by_text[place + 1 : place + _NEAR]:
-                if text != other:  # and not one answer rated twice
-                    first = 0.5 if rating == below else float(rating > below)
-                    yield _judgement(a.prompt, a.response, b.response, a.annotator, a.source, first)
+        yield from _of_ratings(ratings)
+
+
+def _of_ratings(ratings: Sequence[Rating]) -> Iterator[Judgement]:
+    """Compare one annotator's ratings of answers to one prompt with each other, each with the nearest by a hash.
+
+    The hash is that of the texts, so that all annotators of the same answers have the same pairs.
+    """
+    known = sorted(((_text(row.response), row) for row in ratings), key=lambda one: one[0])
+    for place, (text, row) in enumerate(known):
+        for other_text, other in known[place + 1 : place + _NEAR]:
+            if text != other_text:  # and not one answer rated twice
+                first = 0.5 if row.rating == other.rating else float(row.rating > other.rating)
+                yield _judgement(row.prompt, row.response, other.response, row.annotator, row.source, first)
 
 
 def voters(row: Comparison) -> list[tuple[str, float]]:
