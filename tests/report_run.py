@@ -114,11 +114,11 @@ def make_labels(folder: Path, text: str) -> None:
     share = rate(40, 50, 0.67, 0.888)
     few = rate(26, 50, 0.385, 0.652)
     weak = {"annotator": "ann" + text, "labels": 80, "shared": 50, "agreement": few, "skill": 0.53, "weight": 0.06,
-            "finding": "weaker than the others"}
+            "finding": "weaker than the others", "stands_out": True}
     good = {"annotator": "ben" + text, "labels": 90, "shared": 50, "agreement": share, "skill": 0.87, "weight": 0.74,
-            "finding": ""}
+            "finding": "", "stands_out": False}
     alone = {"annotator": "judge", "labels": 9, "shared": 0, "agreement": None, "skill": 0.7, "weight": 0.4,
-             "finding": "no shared pair"}
+             "finding": "no shared pair", "stands_out": False}
     known["annotators"] = {"pairs": 120, "shared": 50, "alpha": 0.31, "annotators": [weak, alone, good]}
     quality = {"judge": judge, "min_judge_accuracy": 0.6, "judge_labels": False, "labels": labels, **known}
     write_stage(folder, "label", 3, {"comparisons": 512, "ties": 31}, quality=quality)

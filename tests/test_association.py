@@ -7,7 +7,8 @@ import oracles
 import pytest
 from scipy.stats import false_discovery_control, mannwhitneyu
 
-from rlaif.maths.association import associations, auroc, false_discovery_rates
+from rlaif.maths.agreement import false_discovery_rates
+from rlaif.maths.association import associations, auroc
 
 EXACT = 1e-12
 

@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from scipy.stats import binomtest, false_discovery_control
+from scipy.special import bdtr
 
 from rlaif.documents import fingerprint
 from rlaif.human.importers import Labelled
@@ -85,9 +85,15 @@ class Annotator(NamedTuple):
         """What their labels should count."""
         return max(0.0, 2 * self.skill - 1)
 
+    @property
+    def stands_out(self) -> bool:
+        """Whether they agree less with the others than the others do among themselves."""
+        return self.finding in (AGAINST, WEAKER)
+
     def row(self) -> dict[str, Any]:
         """Return it as it is stored."""
-        return {**self._asdict(), "agreement": self.agreement and self.agreement._asdict(), "weight": self.weight}
+        agreed = self.agreement and self.agreement._asdict()
+        return {**self._asdict(), "agreement": agreed, "weight": self.weight, "stands_out": self.stands_out}
 
 
 class Quality(NamedTuple):
@@ -197,7 +203,7 @@ def measure(rows: Sequence[Labelled], known: Sequence[Labelled] = ()) -> Quality
     skills = _skills(shared, sources)
     agreed = _with_others(shared, skills)
     p_values = _p_values(agreed)
-    q_values = dict(zip(p_values, false_discovery_control(list(p_values.values())), strict=True)) if p_values else {}
+    q_values = dict(zip(p_values, agreement.false_discovery_rates(list(p_values.values())), strict=True))
     labels = Counter(name for by in said.values() for name in by)
     both_ways = Counter(name for by in said.values() for name, values in by.items() if min(values) < 0.5 < max(values))
     found = [
@@ -208,7 +214,7 @@ def measure(rows: Sequence[Labelled], known: Sequence[Labelled] = ()) -> Quality
             both_ways=both_ways[name],
             shared=agreed[name].n,
             agreement=agreement.wilson(*agreed[name]) if agreed[name].n else None,
-            q=float(q_values[name]) if name in q_values else None,
+            q=q_values.get(name),
             skill=skills[name],
             finding=_finding(agreed[name], q_values.get(name)),
         )
@@ -265,7 +271,7 @@ def _p_values(agreed: Mapping[str, Agreed]) -> dict[str, float]:
     right, n = (sum(column) for column in zip(*agreed.values(), strict=True))
     # One agreement more and one less keep the share of the others off 0 and 1, which no share of a few rows shows.
     return {
-        name: float(binomtest(one.right, one.n, (right - one.right + 1) / (n - one.n + 2), alternative="less").pvalue)
+        name: float(bdtr(one.right, one.n, (right - one.right + 1) / (n - one.n + 2)))
         for name, one in agreed.items()
         if one.n >= FEWEST
     }

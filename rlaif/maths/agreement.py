@@ -199,6 +199,26 @@ def mean_interval(x: Sequence[float] | NDArray[np.float64]) -> Mean:
     return Mean(n, mean, std, mean - half, mean + half)
 
 
+def false_discovery_rates(p: Sequence[float]) -> list[float]:
+    """Return for each p the least false-discovery rate at which it is found: ``min over p' >= p of m p' / rank(p')``.
+
+    Benjamini and Hochberg 1995 ("Controlling the false discovery rate"); holds for independent and positively dependent
+    tests, as those of words that stand in the same prompts are.
+
+    Args:
+        p: `[m]`, in [0, 1].
+
+    Returns:
+        `[m]`, in the same order.
+    """
+    order = np.argsort(p, kind="stable")
+    scaled = np.asarray(p, dtype=np.float64)[order] * len(p) / np.arange(1, len(p) + 1)
+    least = np.minimum(np.minimum.accumulate(scaled[::-1])[::-1], 1.0)
+    result = np.empty(len(p))
+    result[order] = least
+    return [float(value) for value in result]
+
+
 def paired_bootstrap(
     a: Sequence[float] | NDArray[np.float64],
     b: Sequence[float] | NDArray[np.float64],

@@ -13,6 +13,8 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.special import ndtr
 from scipy.stats import rankdata
 
+from rlaif.maths.agreement import false_discovery_rates
+
 Floats = NDArray[np.float64]
 
 
@@ -82,26 +84,6 @@ def associations(margins: ArrayLike, having: Mapping[str, Sequence[int]]) -> lis
     found.sort(key=lambda one: (one.p, -one.z, one.name))
     rates = false_discovery_rates([one.p for one in found])
     return [one._replace(q=rate) for one, rate in zip(found, rates, strict=True)]
-
-
-def false_discovery_rates(p: Sequence[float]) -> list[float]:
-    """Return for each p the least false-discovery rate at which it is found: ``min over p' >= p of m p' / rank(p')``.
-
-    Benjamini and Hochberg 1995 ("Controlling the false discovery rate"); holds for independent and positively dependent
-    tests, as those of words that stand in the same prompts are.
-
-    Args:
-        p: `[m]`, in [0, 1].
-
-    Returns:
-        `[m]`, in the same order.
-    """
-    order = np.argsort(p, kind="stable")
-    scaled = np.asarray(p, dtype=np.float64)[order] * len(p) / np.arange(1, len(p) + 1)
-    least = np.minimum(np.minimum.accumulate(scaled[::-1])[::-1], 1.0)
-    result = np.empty(len(p))
-    result[order] = least
-    return [float(value) for value in result]
 
 
 def auroc(scores: ArrayLike, positive: ArrayLike) -> float | None:

@@ -174,6 +174,7 @@ class Annotator(Part):
     skill: float
     weight: float
     finding: str
+    stands_out: bool
 
 
 class Annotators(Part):

@@ -11,7 +11,6 @@ from typing import Any
 
 from rlaif import health
 from rlaif.health import HealthSection
-from rlaif.human.quality import AGAINST, WEAKER
 from rlaif.report.charts import Bar, short
 from rlaif.report.labels import Annotators, Mean, Quality, Rate, Safety
 from rlaif.report.reading import Metrics
@@ -279,7 +278,7 @@ def _safety(found: Safety) -> list[str]:
 
 
 def _annotators(found: Annotators) -> list[str]:
-    odd = [one.annotator for one in found.annotators if one.finding in (AGAINST, WEAKER)]
+    odd = [one.annotator for one in found.annotators if one.stands_out]
     about = f"Of {count(len(found.annotators))} annotators who share {count(found.shared)} pairs of answers"
     if not odd:
         return [f"{about}, none is shown to agree less with the others than they do."]
