@@ -106,6 +106,7 @@ def _write_recipe(run: Run) -> None:
         ],
     }
     resolved["human"]["files"] = [str(path) for path in run.loaded.human_files]
+    resolved["human"]["known"] = None if run.loaded.known is None else str(run.loaded.known)
     label, adapters = resolved["label"], run.loaded.adapters
     label["candidate_files"] = [str(path) for path in run.loaded.candidate_files]
     label["reference"] = None if run.loaded.reference is None else str(run.loaded.reference)

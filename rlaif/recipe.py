@@ -236,6 +236,7 @@ class Loaded(BaseModel):
     human_files: list[Path]
     candidate_files: list[Path] = []
     reference: Path | None = None
+    known: Path | None = None
     adapters: dict[str, Path] = {}
     cost_stage: Path | None = None
     ptx_file: Path | None = None
@@ -276,6 +277,7 @@ def load_recipe(path: Path, overrides: list[str] = []) -> Loaded:  # noqa: B006
         human_files=[find("recipes", name, here) for name in recipe.human.files],
         candidate_files=[find("recipes", name, here) for name in recipe.label.candidate_files],
         reference=find("recipes", recipe.label.reference, here) if recipe.label.reference else None,
+        known=find("recipes", recipe.human.known, here) if recipe.human.known else None,
         adapters={name: _adapter(name, here) for name in _adapters_named(recipe.label)},
         start=None if recipe.reward.start_from in ("sft", "base") else _adapter(recipe.reward.start_from, here),
         cost_stage=cost_stage,

@@ -278,6 +278,7 @@ class HumanSection(Section):
     """Where comparisons come from when `feedback` is `human` or `mixed`."""
 
     files: list[str] = []
+    known: str | None = Field(None, description="a file of labels taken for the truth, to measure annotators with")
     annotator: str = "human"
     tag: str = Field("", description="tag of rows that bring none")
 

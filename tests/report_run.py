@@ -119,7 +119,7 @@ def make_labels(folder: Path, text: str) -> None:
             "finding": "", "stands_out": False}
     alone = {"annotator": "judge", "labels": 9, "shared": 0, "agreement": None, "skill": 0.7, "weight": 0.4,
              "finding": "no shared pair", "stands_out": False}
-    known["annotators"] = {"pairs": 120, "shared": 50, "alpha": 0.31, "annotators": [weak, alone, good]}
+    known["annotators"] = {"pairs": 120, "shared": 50, "known": 7, "alpha": 0.31, "annotators": [weak, alone, good]}
     quality = {"judge": judge, "min_judge_accuracy": 0.6, "judge_labels": False, "labels": labels, **known}
     write_stage(folder, "label", 3, {"comparisons": 512, "ties": 31}, quality=quality)
 

@@ -178,6 +178,30 @@ def test_annotators_who_share_pairs_are_measured_and_told_in_the_report(make: Ma
     assert "Of 4 annotators" in sentence and "coin agrees less" in sentence and "reward.skill_weights" in sentence
 
 
+def test_known_answers_tell_who_is_good_and_are_no_labels(make: Maker, tmp_path: Path) -> None:
+    known = [{"prompt": row["prompt"], "response_0": row["chosen"], "response_1": row["rejected"]} for row in PAIRS]
+    (tmp_path / "known.jsonl").write_text("".join(json.dumps({**row, "better_response_id": 1}) + "\n" for row in known))
+    settings = {"system_prompt": "Be brief.", "human": {"files": ["labels-0.jsonl"], "known": "known.jsonl"}}
+    run = make(PAIRS, **settings)
+    before = label.inputs(run)
+    label.label(run)
+    found = quality_of(run).annotators
+    assert found is not None and (found.shared, found.known) == (3, 3)
+    assert found.annotators[0].agreement.count == 0  # type: ignore[union-attr]
+    assert quality_of(run).labels.comparisons == 3
+    _write_recipe(run)
+    assert f"known: {tmp_path / 'known.jsonl'}" in (run.folder / "recipe.yaml").read_text()
+    (tmp_path / "known.jsonl").write_text(json.dumps({**known[0], "better_response_id": 0}) + "\n")
+    assert {key for key, value in label.inputs(run).items() if value != before[key]} == {"known"}
+
+
+def test_known_answers_to_none_of_the_pairs_are_told(make: Maker, tmp_path: Path) -> None:
+    (tmp_path / "known.jsonl").write_text(json.dumps({"prompt": "Else?", "chosen": "a", "rejected": "b"}) + "\n")
+    run = make(PAIRS, human={"files": ["labels-0.jsonl"], "known": "known.jsonl"})
+    label.label(run)
+    assert "known.jsonl holds none of the labelled pairs" in "".join(run.progress.lines)  # type: ignore[attr-defined]
+
+
 def test_annotators_who_share_no_pair_are_not_measured(make: Maker) -> None:
     run = make(PAIRS)
     label.label(run)

@@ -469,6 +469,20 @@ def test_skill_weights_need_shared_pairs_and_somebody_better_than_a_coin(opened)
         reward.reward(opened(rows=by_annotators(ann=1, liar=0), skill_weights=True))
 
 
+def test_known_answers_decide_who_is_right_and_count_only_where_they_are_used(opened, tmp_path):
+    (tmp_path / "known.jsonl").write_text("".join(row.model_dump_json() + "\n" for row in ROWS))
+    rows = by_annotators(ann=1, liar=0, other=0)
+    run = opened(rows=rows, skill_weights=True, max_steps=1, suspects=0)
+    run.loaded.known = tmp_path / "known.jsonl"
+    assert "known" in reward.inputs(run)
+    reward.reward(run)
+    written = json.loads((run.stage_folder("reward") / "annotators.json").read_text())
+    assert [one["annotator"] for one in written["annotators"] if one["weight"] > 0] == ["ann"]
+    plain = opened("plain", rows=rows)
+    plain.loaded.known = tmp_path / "known.jsonl"
+    assert "known" not in reward.inputs(plain)
+
+
 # --- the cost adapter ------------------------------------------------------------------------------------------------
 
 SAFETY = [

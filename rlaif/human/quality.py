@@ -102,12 +102,14 @@ class Quality(NamedTuple):
     Attributes:
         pairs: how many pairs of answers were judged.
         shared: how many of them by several annotators, or with a known answer.
+        known: how many have a known answer.
         alpha: Krippendorff's alpha of them, a tie being a label of its own; None where it is not defined.
         annotators: the weakest first.
     """
 
     pairs: int
     shared: int
+    known: int
     alpha: float | None
     annotators: list[Annotator]
 
@@ -223,7 +225,10 @@ def measure(rows: Sequence[Labelled], known: Sequence[Labelled] = ()) -> Quality
     alpha = agreement.krippendorff_alpha(
         [["tie" if (side := _side(values)) is None else str(side) for values in by.values()] for by in said.values()]
     )
-    return Quality(len(said), len(shared), alpha, sorted(found, key=lambda one: (one.skill, one.annotator)))
+    known_pairs = sum(pair.known is not None for pair in shared)
+    return Quality(
+        len(said), len(shared), known_pairs, alpha, sorted(found, key=lambda one: (one.skill, one.annotator))
+    )
 
 
 def _truth(answers: Mapping[str, Sequence[float]], pair: str) -> int | None:

@@ -182,6 +182,7 @@ class Annotators(Part):
 
     pairs: int
     shared: int
+    known: int
     alpha: float | None
     annotators: list[Annotator]
 

@@ -31,7 +31,7 @@ from rlaif.stages.candidates import NAME, Candidate, Engines, Unused, collect, c
 from rlaif.stages.chains import parts, revised_chains
 from rlaif.stages.construction import by_contrast, by_revision
 from rlaif.stages.gate import kept_policy
-from rlaif.stages.people import pairs_for_people, people_labels
+from rlaif.stages.people import known_labels, pairs_for_people, people_labels
 from rlaif.stages.run import Run, reconciled, templates
 from rlaif.stages.verdicts import NO_ANSWER
 from rlaif.stages.votes import Ballot, Panel, asked, cast, panel_of, swap_test
@@ -44,6 +44,7 @@ def inputs(run: Run) -> dict[str, str]:
     apart, later = safety.parts(run), run.round > 1
     names = ("compare", "contrast", "gather", "rate", "weigh", *(safety.WORDINGS if apart else ()))
     reference = {} if run.loaded.reference is None else {"reference": run.loaded.reference}
+    reference |= {} if run.loaded.known is None else {"known": run.loaded.known}
     return run.inputs(
         run.recipe.label,
         run.recipe.human,
@@ -105,8 +106,10 @@ def label(run: Run) -> dict[str, Any]:
             run.progress.say(f"  warning: {run.loaded.reference} holds none of the labelled pairs; nothing to compare.")
     quality["labels"] = summary(method, comparisons, unused) | same_position
     quality["labels"] |= {**people.more, "contradictory": people.contradictory}
-    annotators = measure([*comparisons, *people.ratings, *people.rankings])
+    annotators = measure([*comparisons, *people.ratings, *people.rankings], known_labels(run))
     quality["annotators"] = annotators and annotators.row()
+    if run.loaded.known and not (annotators and annotators.known):
+        run.progress.say(f"  warning: {run.loaded.known} holds none of the labelled pairs; nothing is known of them.")
     failed = sum(row["reason"] == NO_ANSWER for row in unused)
     rows = {"comparisons": len(comparisons), **people.more, "unused": len(unused) - failed, "failed": failed}
     counts = reconciled(NAME, incoming, **rows)

@@ -73,6 +73,16 @@ def people_labels(run: Run, engines: Engines) -> People:
     )
 
 
+def known_labels(run: Run) -> list[Labelled]:
+    """Read the labels that are taken for the truth about annotators; none where the recipe names no such file."""
+    if run.loaded.known is None:
+        return []
+    rows = read_labels(run.loaded.known, seed=run.recipe.seed).rows
+    for row in rows:
+        row.prompt = with_system(row.prompt, run.recipe.system_prompt)  # as in the rows that they are compared with
+    return rows
+
+
 # --- later rounds -------------------------------------------------------------------------------------------------
 
 

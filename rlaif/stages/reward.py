@@ -30,6 +30,7 @@ from rlaif.sections import Combination
 from rlaif.stages import reward_audit as audit
 from rlaif.stages import reward_calibration as worth
 from rlaif.stages.cards import write_reward_card
+from rlaif.stages.people import known_labels
 from rlaif.stages.replay import known_sides, replayed
 from rlaif.stages.reward_data import (
     NOTHING_KNOWN,
@@ -72,6 +73,8 @@ def inputs(run: Run) -> dict[str, str]:
     label = run.stage_folder("label")
     names = {name: label / f"{name}.jsonl" for name in _FILES}
     rows = {name: path for name, path in names.items() if name == "comparisons" or path.is_file()}
+    if run.recipe.reward.skill_weights and run.loaded.known:
+        rows["known"] = run.loaded.known
     reference = {"demonstrations": _demonstrations(run)} if "revise" in run.recipe.stages else {}
     if run.round > 1:
         return run.inputs(
@@ -128,7 +131,7 @@ def reward(run: Run) -> dict[str, Any]:
     dev_fraction = settings.heldout_fraction if settings.early_stopping_patience else 0.0
     split = split_rows(found.rows, settings.heldout_fraction, dev_fraction=dev_fraction, known=known)
     if settings.skill_weights:
-        split = weighed_by_skill(folder, list(itertools.chain(rows, *before)), split, found.unused)
+        split = weighed_by_skill(folder, [*rows, *itertools.chain(*before)], known_labels(run), split, found.unused)
     files.write_jsonl(folder / "unused.jsonl", found.unused)
     refuse_too_few(folder, len(rows) + len(again), found, split)
     of_safety = safety_rows(run, split) if settings.cost else None

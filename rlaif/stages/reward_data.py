@@ -190,7 +190,9 @@ def prompt_key(row: Labelled) -> str:
     return hashlib.sha256(repr(row.prompt).encode()).hexdigest()
 
 
-def weighed_by_skill(folder: Path, rows: Sequence[Labelled], split: Split, unused: list[dict[str, str]]) -> Split:
+def weighed_by_skill(
+    folder: Path, rows: Sequence[Labelled], known: Sequence[Labelled], split: Split, unused: list[dict[str, str]]
+) -> Split:
     """Weigh what is trained on, and what training is stopped by, with the skill of annotators; write who they are.
 
     Held-out rows stay as they were labelled. Rows whose annotators are no better than a coin are set aside.
@@ -198,18 +200,19 @@ def weighed_by_skill(folder: Path, rows: Sequence[Labelled], split: Split, unuse
     Args:
         folder: of the stage, for ``annotators.json``.
         rows: all labels there are, of which the split has the usable ones.
+        known: labels taken for the truth about annotators.
         split: the rows to train on and the others.
         unused: rows set aside, which is added to.
 
     Raises:
-        DataError: no pair has labels of two annotators, or nobody is better than a coin.
+        DataError: no pair has labels of two annotators or a known answer, or nobody is better than a coin.
     """
-    quality = measure(rows)
+    quality = measure(rows, known)
     if quality is None:
         raise DataError(
             f"{folder}: reward.skill_weights needs pairs of answers that two annotators have judged, which tell who is "
             f"right how often; none of {len(rows)} rows is about the answers of another annotator's. Bring such rows, "
-            "or set reward.weights by hand."
+            "or known answers to some (human.known), or set reward.weights by hand."
         )
     files.write_json(folder / "annotators.json", quality.row())
     weights = quality.weights

@@ -37,6 +37,7 @@ _NOT_DETERMINING = {
     "allow_weak_reward",
     "candidate_files",  # their content counts
     "health",
+    "known",  # its content counts
     "independent",  # `independent_inputs`
     "constraint",  # counts where there is one (`constraint_inputs`)
     "max_logprob_gap",
@@ -51,7 +52,7 @@ _NOT_DETERMINING = {
 }
 # Keys that count only where they are not at their default, so that runs from before they counted stay up to date.
 _LATER = {"critic", "final_entropy_coef", "final_temperature", "importance_cap", "reference_share"}
-_LATER |= {"ptx_heldout", "warmup_updates"}
+_LATER |= {"ptx_heldout", "skill_weights", "warmup_updates"}
 # Keys that decide how many rows are computed at a time. They count as their defaults, so that memory which has run out
 # costs no finished work.
 _ROWS_AT_A_TIME = ("batch_size", "microbatch")
