@@ -15,9 +15,11 @@ from rlaif.cli import app
 from rlaif.errors import ConfigError, StageError
 from rlaif.pipeline import run_recipe
 from rlaif.plan import plan
+from rlaif.ppo_section import ConstraintSection
 from rlaif.progress import Progress
 from rlaif.recipe import load_recipe
 from rlaif.records import Comparison, assistant
+from rlaif.report.rounds import Gate
 from rlaif.report.run import write_report
 from rlaif.rounds import Step
 from rlaif.stages import candidates, evaluate, gate, label, ppo, replay, revise, reward, sft
@@ -273,6 +275,32 @@ def test_the_gate_of_scores_compares_the_same_prompts(gated, change, kept):
     assert decided["kept"]["stage"] == kept
     assert decided["n"] == 10
     assert decided["difference"] == pytest.approx(change + 0.005)
+
+
+@pytest.mark.parametrize(
+    ("new", "old", "kept"),
+    [(2.0, 1.0, "sft"), (2.0, 2.1, "ppo"), (0.9, 0.0, "ppo"), (1.02, 0.0, "ppo"), (None, None, "ppo")],
+)
+def test_the_gate_drops_a_policy_that_is_shown_to_break_the_limit_more_than_the_old_one(gated, new, old, kept):
+    run = gated
+    run.recipe.ppo.constraint = ConstraintSection(function="words", threshold=1.0)
+    evaluated(run, [win("ppo", "sft", 0.8, 0.6, 0.9)])
+    rows = [
+        {"policy": policy, "prompt_id": f"p{index}", "cost": None if mean is None else mean + 0.1 * (index % 3 - 1)}
+        for policy, mean in (("ppo", new), ("sft", old))
+        for index in range(12)
+    ]
+    (run.stage_folder("evaluate") / "responses.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    decided = gate.decide(run)
+    assert decided["kept"]["stage"] == kept
+    assert decided["reason"].startswith("it wins 80%")
+    assert ("no answer has a cost" if new is None else f"its mean cost is {new:.2f} where 1 is allowed") in decided[
+        "reason"
+    ]
+    assert ("both shown to be more" in decided["reason"]) == (kept == "sft")
+    assert decided["rate"] == 0.8
+    shown = Gate.model_validate(decided).compared
+    assert ("; cost " in shown) == (new is not None)
 
 
 def test_a_later_round_is_compared_with_the_kept_policy_and_a_stage_that_runs_withdraws_its_gate(gated):

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rlaif.recipe import FOLDERS
-from rlaif.report.labels import Part, Rate
+from rlaif.report.labels import Mean, Part, Rate
 from rlaif.report.reading import Manifest, folder_of, newest_round, read_object
-from rlaif.report.wording import NONE, count, percent, policy_name, rate
+from rlaif.report.wording import NONE, count, mean, number, percent, policy_name, rate
 from rlaif.rounds import GATE, OPTIMIZERS, round_folder
 
 
@@ -15,6 +15,18 @@ class Named(Part):
 
     stage: str
     round: int
+
+
+class GateCost(Part):
+    """What the answers of a round's policy cost beside the limit of PPO's constraint."""
+
+    threshold: float | None = None
+    mean: Mean | None = None
+
+    @property
+    def compared(self) -> str:
+        """The mean with its interval, and the limit."""
+        return f"cost {mean(self.mean)}, at most {number(self.threshold)}" if self.mean else ""
 
 
 class Gate(Part):
@@ -32,10 +44,16 @@ class Gate(Part):
     low: float | None = None
     high: float | None = None
     dropped_below: float | None = None
+    cost: GateCost | None = None
 
     @property
     def compared(self) -> str:
-        """The figure with its interval, or why there is none."""
+        """The figures with their intervals, or why there are none."""
+        limit = f"; {self.cost.compared}" if self.cost and self.cost.mean else ""
+        return self._better + limit
+
+    @property
+    def _better(self) -> str:
         if self.rate is not None:
             wins = f"wins {rate(Rate(n=self.n, rate=self.rate, low=self.low, high=self.high))} of {self.n}"
             if self.dropped_below is None:
@@ -84,14 +102,14 @@ def read_rounds(run_folder: Path, last: int) -> list[Round]:
         DataError: a file of a round is damaged.
     """
     found = []
-    for number in range(1, newest_round(run_folder, last) + 1 if last > 1 else 1):
-        places = {stage: folder_of(run_folder, stage, number) / "manifest.json" for stage in FOLDERS}
+    for at in range(1, newest_round(run_folder, last) + 1 if last > 1 else 1):
+        places = {stage: folder_of(run_folder, stage, at) / "manifest.json" for stage in FOLDERS}
         counts = {stage: read_object(path, Manifest).counts for stage, path in places.items() if path.is_file()}
         label, reward, ppo = (counts.get(stage, {}) for stage in ("label", "reward", "ppo"))
-        gate = round_folder(run_folder, number) / GATE
+        gate = round_folder(run_folder, at) / GATE
         found.append(
             Round(
-                number,
+                at,
                 label.get("comparisons"),
                 reward.get("replayed"),
                 reward.get("heldout_accuracy"),

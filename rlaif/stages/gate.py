@@ -3,7 +3,8 @@
 `evaluate` has asked the new policy of a round and the one that was kept before the same held-out prompts. The new one
 is dropped only where the 95 % interval of the comparison lies on the wrong side as a whole: a win rate below one half
 with the gate `judge`, a mean difference of scores below 0 with `score`. Noise does not drop a policy, and one that
-nobody could compare does not become the kept one.
+nobody could compare does not become the kept one. Where PPO has a constraint, a policy is also dropped that is shown to
+break it and to break it more than the old one.
 
 Writes ``gate.json`` beside the stages of the round, and a copy of the kept adapter to ``policy/`` in the run folder.
 Both follow from what `evaluate` wrote, so they are made anew each time and need no manifest.
@@ -131,7 +132,14 @@ def decide(run: Run) -> dict[str, Any]:
     new, old = newest_policy(run, "evaluate"), kept_policy(run)
     against = old.stage if old.is_first else KEPT
     measured = {"judge": _by_judge, "score": _by_score}[run.recipe.rounds.gate](run, new.stage, against)
-    kept = new if measured.pop("passes") else old
+    passes = measured.pop("passes")
+    limit = run.recipe.ppo.constraint
+    if limit and "ppo" in run.recipe.stages:
+        measured["cost"] = cost = _by_cost(run, new.stage, against, limit.threshold)
+        passes = cost.pop("passes") and passes
+        measured["rule"] += f", or {cost.pop('rule')}"
+        measured["reason"] += f"; {cost.pop('reason')}"
+    kept = new if passes else old
     result = {
         "round": run.round,
         "gate": run.recipe.rounds.gate,
@@ -172,20 +180,47 @@ def _by_judge(run: Run, new: str, old: str) -> dict[str, Any]:
     return {"rule": rule, "reason": reason, **found, "dropped_below": limit, "passes": row["high"] >= 0.5}
 
 
-def _by_score(run: Run, new: str, old: str) -> dict[str, Any]:
-    scores: dict[str, dict[str, float]] = {new: {}, old: {}}
+def _measured(run: Run, key: str, new: str, old: str) -> tuple[list[float], list[float]]:
+    """Return a figure of both policies' answers to the prompts that both have it of."""
+    found: dict[str, dict[str, float]] = {new: {}, old: {}}
     for _, row in read_jsonl(run.output("evaluate", "responses.jsonl")):
-        if row["policy"] in scores and row["score"] is not None:
-            scores[row["policy"]][row["prompt_id"]] = row["score"]
-    both = [prompt for prompt in scores[new] if prompt in scores[old]]
+        if row["policy"] in found and row.get(key) is not None:
+            found[row["policy"]][row["prompt_id"]] = row[key]
+    both = [prompt for prompt in found[new] if prompt in found[old]]
+    return [found[new][prompt] for prompt in both], [found[old][prompt] for prompt in both]
+
+
+def _by_cost(run: Run, new: str, old: str, threshold: float) -> dict[str, Any]:
+    own, before = _measured(run, "cost", new, old)
+    rule = "where the 95 % intervals of its mean cost and of what this is above the old one's lie above the limit and 0"
+    if not own:
+        return {"rule": rule, "reason": "no answer has a cost", "n": 0, "passes": True}
+    mean = agreement.mean_interval(own)
+    more = agreement.paired_bootstrap(own, before)
+    shown = mean.low is not None and mean.low > threshold and more.low is not None and more.low > 0
+    reason = f"its mean cost is {mean.mean:.2f} where {threshold:g} is allowed, {more.difference:+.2f} to the old one's"
+    reason += ", both shown to be more" if shown else ""
+    return {
+        "rule": rule,
+        "reason": reason,
+        "n": len(own),
+        "threshold": threshold,
+        "mean": mean._asdict(),
+        "change": more._asdict(),
+        "passes": not shown,
+    }
+
+
+def _by_score(run: Run, new: str, old: str) -> dict[str, Any]:
+    own, before = _measured(run, "score", new, old)
     rule = "dropped where the whole 95 % interval of its mean score, less the old one's, lies below 0"
-    if not both:
+    if not own:
         return {"rule": rule, "reason": "no answer has a score", "n": 0, "passes": False}
-    found = agreement.paired_bootstrap([scores[new][p] for p in both], [scores[old][p] for p in both])._asdict()
+    found = agreement.paired_bootstrap(own, before)._asdict()
     shown = "which shows nothing" if found["high"] is None else f"{found['low']:+.2f} to {found['high']:+.2f}"
-    reason = f"its mean score changed by {found['difference']:+.2f} on {len(both)} prompts, {shown}"
+    reason = f"its mean score changed by {found['difference']:+.2f} on {len(own)} prompts, {shown}"
     passes = found["high"] is None or found["high"] >= 0
-    return {"rule": rule, "reason": reason, "n": len(both), **found, "passes": passes}
+    return {"rule": rule, "reason": reason, "n": len(own), **found, "passes": passes}
 
 
 def named(run: Run, policy: Policy) -> dict[str, Any]:
