@@ -219,7 +219,9 @@ def human_import(
 def human_quality(
     paths: Annotated[list[Path], typer.Argument(help="Labels that several people gave.", show_default=False)],
     known: Annotated[Path | None, typer.Option(help="Labels of some of the pairs to be taken for the truth.")] = None,
-    annotator: Annotated[str, typer.Option(help="Who labelled rows that do not say.")] = "human",
+    annotator: Annotated[
+        str | None, typer.Option(help="Who labelled rows that do not say; else whom their file is named after.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Tell how good annotators are, from the pairs that several of them judged, and what their labels should count."""
@@ -227,13 +229,16 @@ def human_quality(
     from rlaif.human.labels import read_labels
     from rlaif.human.quality import measure, summary
 
-    rows = [row for path in paths for row in read_labels(path, annotator=annotator).rows]
+    names = {path: annotator or path.name.partition(".")[0] or path.name for path in paths}
+    rows = [row for path, name in names.items() for row in read_labels(path, annotator=name).rows]
     found = measure(rows, read_labels(known).rows if known else ())
     if found is None:
+        by = sorted({row.annotator for row in rows})
+        told = ", ".join(by[:5]) + (", ..." if len(by) > 5 else "")
         raise DataError(
-            f"{', '.join(map(str, paths))}: in {len(rows)} labels no pair of answers is judged by two annotators, so "
-            "nothing tells who is right how often. Let several people label some of the pairs, or give known answers "
-            "to some of them (--known)."
+            f"{', '.join(map(str, paths))}: in {len(rows)} labels (by {told}) no pair of answers is judged by two "
+            "annotators, so nothing tells who is right how often. Let several people label some of the pairs, or give "
+            "known answers to some of them (--known)."
         )
     typer.echo(json.dumps(found.row(), indent=2) if as_json else summary(found))
 

@@ -490,7 +490,7 @@ def test_human_quality_tells_who_agrees_with_the_others(rlaif, tmp_path):
 
     pairs = [{"prompt": f"Question {n}?", "chosen": f"good {n}", "rejected": f"bad {n}"} for n in range(30)]
     turned = [{**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in pairs]
-    write("ann.jsonl", [{**row, "annotator": "ann"} for row in pairs])
+    write("ann.jsonl", pairs)  # of nobody, so of whom the file is named after
     write(
         "others.jsonl", [{**row, "annotator": name} for name, rows in (("ben", pairs), ("cy", turned)) for row in rows]
     )
@@ -505,5 +505,5 @@ def test_human_quality_tells_who_agrees_with_the_others(rlaif, tmp_path):
     assert [one["annotator"] for one in found["annotators"]] == ["ann", "ben", "cy"]
     code, _, err = rlaif("human", "quality", "ann.jsonl")
     assert code == 2
-    assert "ann.jsonl: in 30 labels no pair of answers is judged by two annotators" in err
+    assert "ann.jsonl: in 30 labels (by ann) no pair of answers is judged by two annotators" in err
     assert "Traceback" not in err

@@ -467,6 +467,13 @@ def test_skill_weights_need_shared_pairs_and_somebody_better_than_a_coin(opened)
         reward.reward(opened(skill_weights=True))
     with pytest.raises(DataError, match=r"on 12 pairs .* nobody who gave a row .* more often than a coin"):
         reward.reward(opened(rows=by_annotators(ann=1, liar=0), skill_weights=True))
+    watched = {"eval_steps": 1, "early_stopping_patience": 1}
+    rows = [*by_annotators(ann=1, ben=1, liar=0)]
+    names = {row.id: row.annotator for row in rows}
+    dev = split_rows(rows, 0.2, dev_fraction=0.2).dev
+    kept = [row for row in rows if row not in dev or names[row.id] == "liar"]
+    with pytest.raises(DataError, match="nobody who gave a row to stop training by"):
+        reward.reward(opened(rows=kept, skill_weights=True, **watched))
 
 
 def test_known_answers_decide_who_is_right_and_count_only_where_they_are_used(opened, tmp_path):

@@ -217,12 +217,13 @@ def weighed_by_skill(
     files.write_json(folder / "annotators.json", quality.row())
     weights = quality.weights
     train, dev = ([weighed(row, weights) for row in part] for part in (split.train, split.dev))
-    if split.train and not any(row.weight for row in train):
-        raise DataError(
-            f"{folder}: on {quality.shared} pairs that several annotators judged, nobody who gave a row to train on is "
-            "right more often than a coin, and reward.skill_weights leaves none of their rows (annotators.json). Ask "
-            "the annotators why they disagree, or set reward.skill_weights: false."
-        )
+    for what, part in (("to train on", train), ("to stop training by", dev)):
+        if part and not any(row.weight for row in part):
+            raise DataError(
+                f"{folder}: on {quality.shared} pairs that several annotators judged, nobody who gave a row {what} is "
+                "right more often than a coin, and reward.skill_weights leaves none of their rows (annotators.json). "
+                "Ask the annotators why they disagree, or set reward.skill_weights: false."
+            )
     unused += [{"id": row.id, "reason": WEIGHTLESS} for row in (*train, *dev) if not row.weight]
     return split._replace(train=[row for row in train if row.weight], dev=[row for row in dev if row.weight])
 
