@@ -149,6 +149,7 @@ def test_what_is_known_of_other_items_or_annotators_is_refused(given):
         dawid_skene([0], [0], [0], 2, **given)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("alike", [False, True])
 def test_crowd_workers_have_the_skill_that_known_answers_say(alike):
     path = SHARED / "crowd-annotators" / "bbq_mturk_finalval.shared.csv"
