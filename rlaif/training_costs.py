@@ -5,12 +5,14 @@ of another base as many times more as it has parameters.
 """
 
 import statistics
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from rlaif.endpoints import BASE
 from rlaif.memory import scorers_of
 from rlaif.memory_advice import lengths_of_rows, shape_of, tokens_of
 from rlaif.recipe import Recipe, TrainingSection
+from rlaif.records import Prompt
 from rlaif.stages.judged_reward import rated_under
 from rlaif.stages.rating import question
 from rlaif.stages.run import Run
@@ -57,8 +59,8 @@ def _ppo(run: Run) -> Work:
     settings = run.recipe.ppo
     responses = settings.updates * settings.rollout_batch * settings.samples_per_prompt
     written = responses * settings.sampling.max_new_tokens
-    prompts = [tokens_of(row.prompt) for row in run.select("train", settings.prompts_per_tag)]
-    whole = written + responses * statistics.fmean(prompts)
+    prompts = run.select("train", settings.prompts_per_tag)
+    whole = written + responses * statistics.fmean(tokens_of(row.prompt) for row in prompts)
     # The policy and the reference read each response once, and so does every adapter that scores.
     passes = whole * (2 + scorers_of(run.recipe) * _ratio(run.recipe) + _BACKWARD * settings.num_ppo_epochs)
     text = measured = 0
@@ -67,23 +69,19 @@ def _ppo(run: Run) -> Work:
     if settings.ptx_coef:
         optimizer_steps = responses // settings.minibatch * settings.num_ppo_epochs
         text = optimizer_steps * settings.ptx_batch * settings.ptx_length
-    rated, tokens = _ratings(run, responses) if settings.is_judged else (0, 0.0)
+    rated, tokens = _ratings(run, prompts, responses) if settings.is_judged else (0, 0.0)
     # What a server writes or reads takes no time here.
     here, judged = (written if settings.sampling_engine == BASE else 0), (tokens if run.rater == BASE else 0.0)
     read = round(whole + tokens) + text + measured
     return Work(settings.updates, here, read, passes + judged + _BACKWARD * text + measured, rated)
 
 
-def _ratings(run: Run, responses: int) -> tuple[int, float]:
+def _ratings(run: Run, prompts: Sequence[Prompt], responses: int) -> tuple[int, float]:
     """Return how many questions to the judge the responses of PPO make, and how many tokens these have."""
-    settings = run.recipe.ppo
-    asked = [
-        [question("", row.prompt, "", principle) for principle in rated_under(run, row)]
-        for row in run.select("train", settings.prompts_per_tag)
-    ]
+    asked = [[question("", row.prompt, "", principle) for principle in rated_under(run, row)] for row in prompts]
     tokens = [sum(tokens_of(one.messages[0]["content"]) for one in group) for group in asked]
     count = responses * statistics.fmean(map(len, asked))
-    return round(count), responses * statistics.fmean(tokens) + count * settings.sampling.max_new_tokens
+    return round(count), responses * statistics.fmean(tokens) + count * run.recipe.ppo.sampling.max_new_tokens
 
 
 def _rejection(run: Run) -> Work:

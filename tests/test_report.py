@@ -115,17 +115,20 @@ def test_a_stage_that_did_not_run_or_finish_is_left_out_with_a_line(tmp_path: Pa
 @pytest.mark.parametrize("stage", ["2-sft", "4-reward", "5-ppo"])
 def test_curves_of_a_stage_that_has_not_finished_are_drawn_up_to_a_torn_row(tmp_path: Path, stage: str) -> None:
     folder, name = make_run(tmp_path), stage[2:]
-    whole = read(folder).text
+    whole = read(folder)
     (folder / stage / "manifest.json").unlink()
     with (folder / stage / "metrics.jsonl").open("a") as file:
         file.write('{"step": 60, "')
     page = read(folder)
-    assert f"The stage \u201c{name}\u201d began but has not finished: here is what it has written so far." in page.text
-    assert "Loss" in page.text
+    said = f"The stage \u201c{name}\u201d began but has not finished: here is what it has written so far."
+    assert page.sections[name].count(said) == 1
+    figures = [one.html.partition(f'<section id="{name}">')[2].partition("</section>")[0] for one in (whole, page)]
+    assert figures[0].count("<figure>") == figures[1].count("<figure>") > 0
+    assert "Loss" in page.sections[name] or "loss" in page.sections[name]
     if name == "ppo":
         for sentence in ("no limit of ppo.health was passed", "Updates 1 to"):
-            assert (sentence in page.text) == (sentence in whole)
-        assert page.text.count("Reward") == whole.count("Reward")
+            assert (sentence in page.text) == (sentence in whole.text)
+        assert page.text.count("Reward") == whole.text.count("Reward")
 
 
 def test_a_folder_with_a_recipe_alone_gives_a_page(tmp_path: Path) -> None:

@@ -103,7 +103,7 @@ class Quality(NamedTuple):
         pairs: how many pairs of answers were judged.
         shared: how many of them by several annotators, or with a known answer.
         known: how many have a known answer.
-        alpha: Krippendorff's alpha of them, a tie being a label of its own; None where it is not defined.
+        alpha: Krippendorff's alpha over all pairs, a tie being a label of its own; None where it is not defined.
         annotators: the weakest first.
     """
 
@@ -195,9 +195,11 @@ def measure(rows: Sequence[Labelled], known: Sequence[Labelled] = ()) -> Quality
     answers: dict[str, list[float]] = {}
     for one in judgements(known):
         answers.setdefault(one.pair, []).append(one.first)
+    truth = {pair: _side(values) for pair, values in answers.items()}
+    sides = {pair: {name: _side(values) for name, values in by.items()} for pair, by in said.items()}
     pairs = [
-        Pair({name: side for name, values in by.items() if (side := _side(values)) is not None}, _truth(answers, key))
-        for key, by in said.items()
+        Pair({name: side for name, side in by.items() if side is not None}, truth.get(pair))
+        for pair, by in sides.items()
     ]
     shared = [pair for pair in pairs if len(pair.sides) + (pair.known is not None) > 1]
     if not shared:
@@ -223,16 +225,12 @@ def measure(rows: Sequence[Labelled], known: Sequence[Labelled] = ()) -> Quality
         for name, source in sources.items()
     ]
     alpha = agreement.krippendorff_alpha(
-        [["tie" if (side := _side(values)) is None else str(side) for values in by.values()] for by in said.values()]
+        [["tie" if side is None else str(side) for side in by.values()] for by in sides.values()]
     )
     known_pairs = sum(pair.known is not None for pair in shared)
     return Quality(
         len(said), len(shared), known_pairs, alpha, sorted(found, key=lambda one: (one.skill, one.annotator))
     )
-
-
-def _truth(answers: Mapping[str, Sequence[float]], pair: str) -> int | None:
-    return _side(answers[pair]) if pair in answers else None
 
 
 def _side(values: Sequence[float]) -> int | None:
@@ -332,9 +330,12 @@ def weighed(row: Labelled, weights: Mapping[str, float]) -> Labelled:
         row: a label.
         weights: `Quality.weights` of labels among which this one was.
     """
-    votes = voters(row) if isinstance(row, Comparison) else []
-    if not votes or not isinstance(row, Comparison):
-        return row.model_copy(update={"weight": row.weight * weights[row.annotator]})
+    if isinstance(row, Comparison) and (votes := voters(row)):
+        return _recounted(row, votes, weights)
+    return row.model_copy(update={"weight": row.weight * weights[row.annotator]})
+
+
+def _recounted(row: Comparison, votes: Sequence[tuple[str, float]], weights: Mapping[str, float]) -> Comparison:
     counts = [weights[name] for name, _ in votes]
     total = sum(counts)
     preference = (

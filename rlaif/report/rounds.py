@@ -6,7 +6,7 @@ from pathlib import Path
 from rlaif.recipe import FOLDERS
 from rlaif.report.labels import Mean, Part, Rate
 from rlaif.report.reading import Manifest, folder_of, newest_round, read_object
-from rlaif.report.wording import NONE, count, mean, number, percent, policy_name, rate
+from rlaif.report.wording import NONE, count, mean, percent, policy_name, rate
 from rlaif.rounds import GATE, OPTIMIZERS, round_folder
 
 
@@ -20,13 +20,13 @@ class Named(Part):
 class GateCost(Part):
     """What the answers of a round's policy cost beside the limit of PPO's constraint."""
 
-    threshold: float | None = None
+    threshold: float
     mean: Mean | None = None
 
     @property
     def compared(self) -> str:
-        """The mean with its interval, and the limit."""
-        return f"cost {mean(self.mean)}, at most {number(self.threshold)}" if self.mean else ""
+        """The mean with its interval and the limit, to be said after the comparison; empty where nothing has a cost."""
+        return f"; cost {mean(self.mean)}, at most {self.threshold:g}" if self.mean else ""
 
 
 class Gate(Part):
@@ -49,8 +49,7 @@ class Gate(Part):
     @property
     def compared(self) -> str:
         """The figures with their intervals, or why there are none."""
-        limit = f"; {self.cost.compared}" if self.cost and self.cost.mean else ""
-        return self._better + limit
+        return self._better + (self.cost.compared if self.cost else "")
 
     @property
     def _better(self) -> str:
@@ -102,14 +101,14 @@ def read_rounds(run_folder: Path, last: int) -> list[Round]:
         DataError: a file of a round is damaged.
     """
     found = []
-    for at in range(1, newest_round(run_folder, last) + 1 if last > 1 else 1):
-        places = {stage: folder_of(run_folder, stage, at) / "manifest.json" for stage in FOLDERS}
+    for number in range(1, newest_round(run_folder, last) + 1 if last > 1 else 1):
+        places = {stage: folder_of(run_folder, stage, number) / "manifest.json" for stage in FOLDERS}
         counts = {stage: read_object(path, Manifest).counts for stage, path in places.items() if path.is_file()}
         label, reward, ppo = (counts.get(stage, {}) for stage in ("label", "reward", "ppo"))
-        gate = round_folder(run_folder, at) / GATE
+        gate = round_folder(run_folder, number) / GATE
         found.append(
             Round(
-                at,
+                number,
                 label.get("comparisons"),
                 reward.get("replayed"),
                 reward.get("heldout_accuracy"),

@@ -39,9 +39,9 @@ METHODS = {
     "contrast": "contrast: an answer written under the constitution beats one written without it",
     "human": "people",
 }
+_NAMED = 5  # annotators in a sentence
 # Characters that a screen does not show or that reorder what it shows: controls but tab and line feed, marks
 # of writing direction, separators, zero-width space and byte-order mark, and halves of surrogate pairs.
-_NAMED = 5  # annotators in a sentence
 _HIDDEN = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]"
 )

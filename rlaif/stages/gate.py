@@ -194,7 +194,7 @@ def _by_cost(run: Run, new: str, old: str, threshold: float) -> dict[str, Any]:
     own, before = _measured(run, "cost", new, old)
     rule = "where the 95 % intervals of its mean cost and of what this is above the old one's lie above the limit and 0"
     if not own:
-        return {"rule": rule, "reason": "no answer has a cost", "n": 0, "passes": True}
+        return {"rule": rule, "reason": "no answer has a cost", "n": 0, "threshold": threshold, "passes": True}
     mean = agreement.mean_interval(own)
     more = agreement.paired_bootstrap(own, before)
     shown = mean.low is not None and mean.low > threshold and more.low is not None and more.low > 0

@@ -43,8 +43,7 @@ def inputs(run: Run) -> dict[str, str]:
     """Return what this stage's result depends on."""
     apart, later = safety.parts(run), run.round > 1
     names = ("compare", "contrast", "gather", "rate", "weigh", *(safety.WORDINGS if apart else ()))
-    reference = {} if run.loaded.reference is None else {"reference": run.loaded.reference}
-    reference |= {} if run.loaded.known is None else {"known": run.loaded.known}
+    measured_with = {"reference": run.loaded.reference, "known": run.loaded.known}
     return run.inputs(
         run.recipe.label,
         run.recipe.human,
@@ -58,7 +57,7 @@ def inputs(run: Run) -> dict[str, str]:
             **{f"adapter.{name}": path for name, path in run.loaded.adapters.items()},
             **kept_policy(run).as_input("policy"),
             **({"labels": run.round_folder / LABELS} if later and pairs_for_people(run) != 0 else {}),
-            **reference,
+            **{name: path for name, path in measured_with.items() if path},
         },
         feedback=run.recipe.feedback,
         engines=[asked(run), run.asked(*run.recipe.engines_of("revise").values())],
